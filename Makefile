@@ -1,0 +1,89 @@
+# make demo    the bundled bag through the node, over DDS: out/demo/
+# make test    every test, in an environment of its own
+# make lint    ruff
+# make clean   remove what these made
+#
+# PYTHON picks the interpreter (3.10 to 3.13). Where ROS 2 is installed and sourced it is used; elsewhere its wheels are.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+DEMO_BAG ?= test/data/city
+DEMO_OUT ?= out/demo
+DEMO_OPTIONS ?=
+TEST_OPTIONS ?=
+
+# ROS 2 counts as sourced when ROS_DISTRO is set and rclpy can be imported. Its messages are compiled against
+# one major version of numpy, and that is the one to stay with.
+SYSTEM_ROS := $(shell [ -n "$${ROS_DISTRO:-}" ] && $(PYTHON) -c 'import rclpy' 2>/dev/null && echo yes)
+ifeq ($(SYSTEM_ROS),yes)
+  NUMPY := $(shell $(PYTHON) -c 'import numpy; print(numpy.__version__.split(".")[0])' 2>/dev/null)
+  VENV_OPTIONS := --system-site-packages
+  ifeq ($(NUMPY),1)
+    DEMO_REQUIREMENTS := build system-ros
+    TEST_REQUIREMENTS := build system-ros system-ros-test
+  else
+    DEMO_REQUIREMENTS := build runtime replay
+    TEST_REQUIREMENTS := build runtime replay train test
+  endif
+  ENV :=
+else
+  VENV_OPTIONS :=
+  DEMO_REQUIREMENTS := build runtime ros replay
+  TEST_REQUIREMENTS := build runtime ros replay train test
+  # The wheels set up LD_LIBRARY_PATH for one environment and mark that as done; here it is another one's turn.
+  ENV := env -u PYTHONPATH -u PYTHONHOME -u AMENT_PREFIX_PATH -u _ROS_WHEELS_BOOTSTRAP_COMPLETE \
+    $(if $(_ROS_WHEELS_BOOTSTRAP_COMPLETE),-u LD_LIBRARY_PATH)
+endif
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	@$(ENV) .venv/bin/qpwc replay $(DEMO_BAG) --live --report $(DEMO_OUT) $(DEMO_OPTIONS)
+
+test: .venv-test/installed
+	@$(ENV) TF_USE_LEGACY_KERAS=1 .venv-test/bin/python -m pytest $(TEST_OPTIONS)
+
+lint: .venv-test/installed
+	@$(ENV) .venv-test/bin/ruff check .
+
+clean:
+	rm -rf .venv .venv-test out build .pytest_cache .ruff_cache qpwc_ros.egg-info
+
+# The package itself is installed anew when a file of it is newer; the rest of an environment when a pin is.
+SOURCES := setup.py setup.cfg package.xml \
+  $(shell find qpwc_core qpwc_ros launch config models resource -type f -not -path '*/__pycache__/*')
+
+.venv/ready: $(DEMO_REQUIREMENTS:%=requirements/%.txt)
+	$(call environment,.venv,$(DEMO_REQUIREMENTS))
+
+.venv-test/ready: $(TEST_REQUIREMENTS:%=requirements/%.txt)
+	$(call environment,.venv-test,$(TEST_REQUIREMENTS))
+
+.venv/installed .venv-test/installed: %/installed: %/ready $(SOURCES)
+	$(call install,$*)
+
+PIP = $(ENV) PIP_DISABLE_PIP_VERSION_CHECK=1 $(1)/bin/python -m pip install --quiet --no-deps
+
+# $(call environment,DIRECTORY,REQUIREMENTS): a new virtual environment with exactly these.
+define environment
+@$(ENV) $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+  || { echo "make: Python 3.10 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V); try make PYTHON=python3.12" >&2; exit 1; }
+@echo 'making the environment $(1) from requirements/: $(2)'
+@rm -rf $(1)
+@$(ENV) $(PYTHON) -m venv $(VENV_OPTIONS) $(1)
+@$(PIP) $(foreach name,$(2),-r requirements/$(name).txt)
+@touch $(1)/ready
+endef
+
+# $(call install,DIRECTORY): this package. setuptools would take files deleted since from an earlier build/lib.
+define install
+@echo 'installing this package into $(1)'
+@rm -rf build/lib build/bdist.*
+@$(PIP) --no-build-isolation --force-reinstall .
+@rm -rf build/lib build/bdist.*
+@rmdir build 2>/dev/null || true
+@touch $(1)/installed
+endef

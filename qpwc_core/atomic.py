@@ -1,0 +1,39 @@
+"""Writing files so that a reader sees the old content or the new, never a half."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def temporary_sibling(path: str | os.PathLike[str]) -> Path:
+    """A fresh hidden name next to `path`, with its suffix: same file system, same format.
+
+    The file is not created, so whoever creates it gets the permissions of an ordinary new file.
+    """
+    path = Path(path)
+    return path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path that takes the place of `path` if the block succeeds.
+
+    On any exception the temporary file is removed and `path` is as it was.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link, its target is replaced
+    temporary = temporary_sibling(target)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replaces the file at `path` by `content`. Raises OSError, leaving the file as it was."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

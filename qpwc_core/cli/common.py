@@ -1,0 +1,145 @@
+"""What several subcommands share: arguments, loading, progress."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qpwc_core.errors import FormatError, UsageError
+from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISIONS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qpwc_core.runtime import FlowEstimator
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
+    """Declares --model, --threads and, by default, --precision."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME|FILE",
+        help="a bundled model (see qpwc models) or a .tflite file; by default the best bundled one",
+    )
+    if precision:
+        group.add_argument(
+            "--precision",
+            choices=PRECISIONS,
+            default=DEFAULT_PRECISION,
+            help="of a bundled model (default: %(default)s)",
+        )
+    group.add_argument(
+        "--threads", type=positive_int, metavar="N", help="threads that run the network (default: 2)"
+    )
+
+
+def load_estimator(args: argparse.Namespace, precision: str | None = None) -> FlowEstimator:
+    """The estimator that the arguments name; `precision` stands in where --precision is not declared."""
+    from qpwc_core.runtime import FlowEstimator
+
+    with _native_stderr_closed():  # TFLite announces each delegate, and has no switch for it
+        return FlowEstimator.load(args.model, precision=precision or args.precision, threads=args.threads)
+
+
+@contextlib.contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Drops what native code writes to file descriptor 2; for a moment when no other thread runs."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def read_pair(prev: Path, next: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads two images of one size. Raises FormatError naming the file that does not do."""
+    from qpwc_core.images import as_rgb_pair, read_image
+
+    try:
+        return as_rgb_pair(read_image(prev), read_image(next), names=(str(prev), str(next)))
+    except ValueError as error:
+        raise FormatError(str(error)) from error
+
+
+def keep_inputs(outputs: list[Path], inputs: list[Path]) -> None:
+    """Raises UsageError where a file would be both read and written, or written twice."""
+    taken = {os.path.realpath(path) for path in inputs}
+    for output in outputs:
+        if os.path.realpath(output) in taken:
+            raise UsageError(f"{output}: would overwrite another file of this command")
+        taken.add(os.path.realpath(output))
+
+
+def print_table(rows: list[list[str]], header: list[str]) -> None:
+    """Prints columns, the first to the left, the others to the right, all as wide as they need."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        print("  ".join(cells).rstrip())
+
+
+def progress(total: int | None, unit: str, description: str):
+    """A progress bar on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, unit=unit, desc=description, file=sys.stderr, dynamic_ncols=True, mininterval=0.5
+    )
+
+
+def positive_int(text: str) -> int:
+    """Argument type: an integer from 1 up."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Argument type: a finite number above 0."""
+    value = _number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def open_unit_interval(text: str) -> float:
+    """Argument type: a number in (0, 1)."""
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, both excluded, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+class PathWithSuffix:
+    """Argument type: a path with one of some suffixes, so that a typo shows before the work is done."""
+
+    def __init__(self, *suffixes: str) -> None:
+        self._suffixes = suffixes
+
+    def __call__(self, text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in self._suffixes:
+            raise argparse.ArgumentTypeError(f"{text}: must end in {', '.join(self._suffixes)}")
+        return path

@@ -1,0 +1,170 @@
+"""The program `qpwc`: finds its subcommands, parses, runs, and turns errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from typing import NoReturn, Protocol
+
+from qpwc_core.errors import QpwcError, UsageError
+
+COMMAND_GROUP = "qpwc.commands"
+"""Entry-point group of subcommands: name → an object, usually a module, with `Command`'s attributes."""
+
+# What works without the package being installed, as from a source tree.
+_BUILT_IN = ("flow", "interpolate", "video", "models", "bench")
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Command(Protocol):
+    """A subcommand.
+
+    Attributes:
+      help: One line for `qpwc --help`.
+      example: A command line, shown by the subcommand's `--help`.
+    """
+
+    help: str
+    example: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Does the work; returns the exit code. Raises QpwcError or OSError to fail with one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+      argv: Arguments after the program's name; those of the process by default.
+
+    Returns:
+      0 done, 1 failed, 2 bad arguments, 130 interrupted.
+    """
+    _quiet_libraries()
+    try:
+        with _terminable():
+            args = _parse(argv)
+            return args.command.run(args)
+    except SystemExit as end:  # argparse: --help, or bad arguments
+        return end.code if isinstance(end.code, int) else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except UsageError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except QpwcError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `qpwc models | head -1`; nothing is left to tell it, and
+        # Python must not try when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _fail(reason if error.filename is None else f"{error.filename}: {reason}")
+    except MemoryError:
+        return _fail("out of memory")
+
+
+def _fail(message: str, code: int = EXIT_FAILED) -> int:
+    print(f"qpwc: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"qpwc: error: {message} (see {self.prog} --help)\n")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not isinstance(args.command, _Broken):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qpwc",
+        description="Dense optical flow and in-between frames from a small int8 network.",
+        epilog="example: qpwc flow prev.png next.png -o out.flo --color out.png",
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in _commands().items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=f"{command.help[:1].upper()}{command.help[1:]}.",
+            epilog=f"example: {command.example}",
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(command=command)
+    return parser
+
+
+def _commands() -> dict[str, Command]:
+    """Every subcommand: the built-in ones, then those of installed packages, by name."""
+    commands: dict[str, Command] = {
+        name: importlib.import_module(f"qpwc_core.cli.{name}") for name in _BUILT_IN
+    }
+    for entry in sorted(metadata.entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
+        if entry.name in commands:
+            continue
+        try:
+            commands[entry.name] = entry.load()
+        except Exception as error:  # another package's fault must not take the other commands along
+            commands[entry.name] = _Broken(entry, error)
+    return commands
+
+
+class _Broken:
+    """Stands for a subcommand whose package does not load."""
+
+    example = "(this command does not load)"
+
+    def __init__(self, entry: metadata.EntryPoint, error: Exception) -> None:
+        self.help = f"does not load: {type(error).__name__}"
+        self._message = f"the command {entry.name!r} ({entry.value}) does not load: {error}"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """None are known; whatever is given is accepted, so that `run` can say what is wrong."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        raise QpwcError(self._message)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM unwind the program like Ctrl-C, so that half-written files are removed."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _quiet_libraries() -> None:
+    """Keeps OpenCV and FFmpeg from adding their own lines to ours, unless the user asked for them."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's AV_LOG_QUIET

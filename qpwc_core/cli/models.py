@@ -1,0 +1,72 @@
+"""`qpwc models`: the bundled models and their measured figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from qpwc_core.cli import common
+from qpwc_core.runtime.models import DEFAULT_PRECISION, ModelInfo, default_model, list_models
+
+help = "list the bundled models and their measured figures"
+example = "qpwc models --json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("--json", action="store_true", help="print a JSON array instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the list."""
+    infos = list_models()
+    if args.json:
+        print(json.dumps([_as_json(info) for info in infos], indent=2))
+        return 0
+    if not infos:
+        print("no models are bundled")
+        return 0
+    names = list(
+        dict.fromkeys(name for info in infos for name, value in info.figures.items() if _fits_table(value))
+    )
+    rows = []
+    for info in infos:
+        row = [
+            info.name + (" *" if _is_default(info) else ""),
+            info.precision,
+            f"{info.width}x{info.height}",
+            f"{info.path.stat().st_size / 1e6:.2f}",
+        ]
+        rows.append(row + [_cell(info.figures.get(name)) for name in names])
+    common.print_table(rows, ["model", "precision", "input", "MB", *names])
+    print("* used when no model is named")
+    return 0
+
+
+def _as_json(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "precision": info.precision,
+        "path": str(info.path),
+        "bytes": info.path.stat().st_size,
+        "width": info.width,
+        "height": info.height,
+        "flow_stride": info.flow_stride,
+        "default": _is_default(info),
+        "figures": dict(info.figures),
+    }
+
+
+def _is_default(info: ModelInfo) -> bool:
+    return (info.name, info.precision) == (default_model(), DEFAULT_PRECISION)
+
+
+def _fits_table(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= 20)
+
+
+def _cell(value: Any) -> str:
+    if not _fits_table(value):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Training data: textures → scenes → rendered samples → augmentation → batches. No TensorFlow here."""

@@ -1,0 +1,134 @@
+"""Where pixels go: resizing flow, warping images, and fitting an image into a network's input.
+
+All resizing uses half-pixel centres: pixel i of n covers [i, i + 1) of the side's length n, as
+`cv2.resize` has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+
+def check_flow(flow: np.ndarray, name: str = "flow") -> None:
+    """Raises ValueError unless `flow` is a floating-point array (H, W, 2) with H, W ≥ 1."""
+    if not isinstance(flow, np.ndarray):
+        raise ValueError(f"{name} must be a numpy array, got {type(flow).__name__}")
+    if flow.ndim != 3 or flow.shape[2] != 2 or 0 in flow.shape:
+        raise ValueError(f"{name} must have shape (H, W, 2), got {flow.shape}")
+    if not np.issubdtype(flow.dtype, np.floating):
+        raise ValueError(f"{name} must have a floating-point dtype, got {flow.dtype}")
+
+
+@lru_cache(maxsize=8)
+def pixel_grid(height: int, width: int) -> np.ndarray:
+    """Each pixel's own coordinates: float32 (H, W, 2) holding (x, y). Shared, hence read-only."""
+    grid = np.empty((height, width, 2), np.float32)
+    grid[..., 0] = np.arange(width, dtype=np.float32)
+    grid[..., 1] = np.arange(height, dtype=np.float32)[:, None]
+    grid.flags.writeable = False
+    return grid
+
+
+def resize_flow(flow: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes a dense flow field and rescales its vectors to the new grid's pixels.
+
+    Args:
+      flow: Float (h, w, 2), pixels of the h×w grid; known everywhere (a sparse field would have its
+        unknown values mixed in).
+      height, width: The new grid.
+
+    Returns:
+      float32 (height, width, 2), pixels of the new grid: bilinear going up, area means going down.
+    """
+    check_flow(flow)
+    scale = np.array([width / flow.shape[1], height / flow.shape[0]], np.float32)
+    flow = flow.astype(np.float32, copy=False)
+    if height * width < flow.shape[0] * flow.shape[1]:  # scale where there is less to scale
+        return _resize(flow, height, width) * scale
+    return _resize(flow * scale, height, width)
+
+
+def warp_image(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """Fetches each pixel from where its flow points: `out[y, x] = image[y + dy, x + dx]`.
+
+    Warping `next` by the flow prev → next gives an estimate of `prev`. Bilinear; outside the image
+    the nearest border pixel counts. Zero flow is the identity, everywhere.
+
+    Args:
+      image: uint8 or float32 (H, W) or (H, W, C).
+      flow: float32 (H, W, 2), pixels.
+
+    Raises:
+      ValueError: The two differ in height or width.
+    """
+    check_flow(flow)
+    if image.shape[:2] != flow.shape[:2]:
+        raise ValueError(f"image and flow differ in size: {image.shape[:2]} and {flow.shape[:2]}")
+    target = np.add(pixel_grid(*flow.shape[:2]), flow, dtype=np.float32)
+    return cv2.remap(image, target, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+@dataclass(frozen=True)
+class NetworkFit:
+    """How an image of any size lies in a network input of a fixed size.
+
+    The image is scaled, keeping its aspect, to the largest size that fits, put into the top left
+    corner, and the rest is filled by repeating its last row and column. The scaled size is rounded
+    to whole cells of the network's flow grid, so that the flow of the image is a rectangle of that
+    grid; each axis has its own exact ratio, by which vectors are rescaled.
+
+    Attributes:
+      height, width: The image, in pixels.
+      net_height, net_width: The network input, in pixels; multiples of the stride.
+      stride: Pixels of the network input per cell of the flow grid.
+    """
+
+    height: int
+    width: int
+    net_height: int
+    net_width: int
+    stride: int
+
+    @property
+    def content_size(self) -> tuple[int, int]:
+        """(height, width) of the scaled image within the network input, in its pixels."""
+        scale = min(self.net_height / self.height, self.net_width / self.width)
+        return (self._whole_cells(self.height * scale), self._whole_cells(self.width * scale))
+
+    def _whole_cells(self, length: float) -> int:
+        return max(1, round(length / self.stride)) * self.stride
+
+    def to_network(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (height, width, 3) → uint8 (net_height, net_width, 3)."""
+        content_height, content_width = self.content_size
+        scaled = _resize(image, content_height, content_width)
+        bottom, right = self.net_height - content_height, self.net_width - content_width
+        if bottom == right == 0:
+            return scaled
+        return cv2.copyMakeBorder(scaled, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+
+    def to_image(self, flow: np.ndarray) -> np.ndarray:
+        """Flow on the network's grid → flow of the image.
+
+        Args:
+          flow: float32 (net_height / stride, net_width / stride, 2), pixels of the network input.
+
+        Returns:
+          float32 (height, width, 2), pixels of the image, a new array.
+        """
+        content_height, content_width = self.content_size
+        cells = flow[: content_height // self.stride, : content_width // self.stride]
+        scale = np.array([self.width / content_width, self.height / content_height], np.float32)
+        return _resize(cells * scale, self.height, self.width)
+
+
+def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear where no side shrinks, else area means, which do not alias. May return its input."""
+    if array.shape[:2] == (height, width):
+        return array
+    shrinks = height < array.shape[0] or width < array.shape[1]
+    return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -1,0 +1,59 @@
+"""What a measurement ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from qpwc_core.errors import QpwcError
+
+
+def describe_machine() -> dict[str, str]:
+    """Processor, cores, system and versions, as "what" → "which", in the order to print them."""
+    import cv2
+    import numpy as np
+
+    from qpwc_core.runtime.engine import import_runtime
+
+    try:
+        _, runtime = import_runtime()
+    except QpwcError:
+        runtime = "none"
+    return {
+        "processor": _processor(),
+        "cores": str(available_cores()),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "tflite runtime": runtime,
+    }
+
+
+def available_cores() -> int:
+    """Processors this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """The processor's model as /proc/cpuinfo or the board's device tree has it."""
+    for file, key in (
+        ("/proc/cpuinfo", "model name"),
+        ("/proc/cpuinfo", "Model"),
+        ("/proc/device-tree/model", None),
+    ):
+        try:
+            text = Path(file).read_text(errors="replace")
+        except OSError:
+            continue
+        if key is None:
+            return text.strip("\0\n ")
+        for line in text.splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return platform.processor() or platform.machine()

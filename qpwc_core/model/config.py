@@ -1,0 +1,90 @@
+"""Hyperparameters of the flow network: one frozen dataclass and the shipped operating points."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """What it takes to build the network.
+
+    Attributes:
+        name: the model's name, also its file name.
+        height, width: size of the exported network's input in pixels, multiples of the coarsest stride.
+        pyramid: channels of pyramid levels 1, 2, …; level l has stride 2**l.
+        extra_convs: number of stride-1 3x3 convolutions after the strided one, per pyramid level.
+        finest_level: the level of the final flow. Decoding starts at the last pyramid level.
+        match_channels: channels of the features that are warped and correlated.
+        radii: search radius of the cost volume per decoded level, coarse to fine, in that level's pixels.
+        decoder: channels of each decoder: the first is a sum of 1x1 projections of its inputs, the others
+            are 3x3 convolutions.
+        flow_input_range: flow, in level pixels, that saturates the decoder's flow input. The decoder sees
+            the flow only as context; the flow it adds to is kept in full precision beside it.
+    """
+
+    name: str = "qpwc_fast"
+    height: int = 480
+    width: int = 640
+    pyramid: tuple[int, ...] = (16, 24, 48, 64, 96)
+    extra_convs: tuple[int, ...] = (0, 1, 1, 1, 1)
+    finest_level: int = 3
+    match_channels: int = 32
+    radii: tuple[int, ...] = (4, 4, 3)
+    decoder: tuple[int, ...] = (64, 64, 48, 32)
+    flow_input_range: float = 16.0
+
+    def __post_init__(self) -> None:
+        for field in ("pyramid", "extra_convs", "radii", "decoder"):
+            object.__setattr__(self, field, tuple(int(v) for v in getattr(self, field)))
+        if len(self.extra_convs) != len(self.pyramid):
+            raise ValueError(f"extra_convs needs {len(self.pyramid)} entries, got {len(self.extra_convs)}")
+        if not 1 <= self.finest_level <= len(self.pyramid):
+            raise ValueError(f"finest_level must be 1..{len(self.pyramid)}, got {self.finest_level}")
+        if len(self.radii) != len(self.levels):
+            raise ValueError(f"radii needs {len(self.levels)} entries (levels {self.levels}), got {len(self.radii)}")
+        if len(self.decoder) < 2:
+            raise ValueError("decoder needs at least two entries")
+        if self.height % self.stride or self.width % self.stride:
+            raise ValueError(f"{self.height}x{self.width} is not a multiple of the stride {self.stride}")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Decoded levels, coarse to fine."""
+        return tuple(range(len(self.pyramid), self.finest_level - 1, -1))
+
+    @property
+    def stride(self) -> int:
+        """Image sizes must be multiples of this."""
+        return 2 ** len(self.pyramid)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "NetworkConfig":
+        """Builds a config from parsed JSON.
+
+        Raises:
+            ValueError: an unknown key (a misspelling must not silently become a default).
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown network option(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+OPERATING_POINTS: Mapping[str, NetworkConfig] = {
+    "qpwc_fast": NetworkConfig(),
+    "qpwc": NetworkConfig(
+        name="qpwc",
+        pyramid=(16, 32, 64, 96, 128),
+        extra_convs=(0, 1, 1, 1, 1),
+        finest_level=2,
+        radii=(4, 4, 3, 2),
+        decoder=(96, 96, 64, 48),
+    ),
+}

@@ -1,0 +1,285 @@
+"""Layers Keras does not have: warp, cost volume, flow resize.
+
+Each layer is one operation of the flow network, so that quantization can be decided per operation. A layer
+whose *inside* needs ranges in an int8 graph derives from :class:`InnerRanges`.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import tensorflow as tf
+import tf_keras as keras
+
+PIXEL_ZERO = 128.0
+PIXEL_SCALE = 1.0 / 128.0
+
+Tensor = tf.Tensor
+Quantizer = Callable[[Tensor], Tensor]
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 RGB → float32 in [-1, 1): (x - 128) / 128, which int8 with scale 1/128 represents exactly."""
+    return (tf.cast(images, tf.float32) - PIXEL_ZERO) * PIXEL_SCALE
+
+
+def pixel_grid(height: int, width: int) -> Tensor:
+    """Pixel coordinates: float32 HxWx2, (x, y)."""
+    x, y = tf.meshgrid(tf.range(width, dtype=tf.float32), tf.range(height, dtype=tf.float32))
+    return tf.stack([x, y], axis=-1)
+
+
+def resize_bilinear(images: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear resize with half-pixel centres, BxHxWxC → BxheightxwidthxC."""
+    return tf.image.resize(images, [height, width], method="bilinear", antialias=False)
+
+
+def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
+    """Resizes a flow field and rescales its vectors to the new pixels, BxHxWx2 → Bxheightxwidthx2."""
+    scale_x = width / flow.shape[2]
+    scale_y = height / flow.shape[1]
+    return resize_bilinear(flow, height, width) * tf.constant([scale_x, scale_y], tf.float32)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def bilinear_warp(features: Tensor, flow: Tensor, inner: dict[str, Quantizer] | None = None) -> Tensor:
+    """Backward warp: samples ``features`` at p + flow(p), bilinearly; coordinates clamp to the border.
+
+    Args:
+        features: BxHxWxC.
+        flow: BxHxWx2 in pixels of ``features``.
+        inner: optional quantizers ``weight`` (bilinear weights, in [0, 1]) and ``sample`` (everything with
+            the range of the features).
+
+    Returns:
+        BxHxWxC. With zero flow the input itself, the last row and column included.
+    """
+    quantize_weight = inner["weight"] if inner else _identity
+    quantize_sample = inner["sample"] if inner else _identity
+    batch, height, width, channels = features.shape
+    limit = tf.constant([width - 1.0, height - 1.0])
+    position = tf.minimum(tf.maximum(pixel_grid(height, width)[tf.newaxis] + flow, 0.0), limit)
+    # The lower neighbour stays one short of the border, so its upper neighbour always exists; on the
+    # border itself the fraction is then exactly 1. Negative sizes cannot occur: height, width >= 2.
+    corner = tf.minimum(tf.floor(position), limit - 1.0)
+    fraction = position - corner
+    corner = tf.cast(corner, tf.int32)
+    x0, y0 = corner[..., 0], corner[..., 1]
+    fx, fy = fraction[..., 0:1], fraction[..., 1:2]
+
+    if batch is None:
+        offset = tf.range(tf.shape(features)[0])[:, tf.newaxis, tf.newaxis] * (height * width)
+    else:
+        offset = tf.constant([[[b * height * width]] for b in range(batch)], tf.int32)
+    top_left = offset + y0 * width + x0
+    rows = tf.reshape(features, [-1, channels])
+
+    def neighbour(step: int, weight: Tensor) -> Tensor:
+        return quantize_sample(tf.gather(rows, top_left + step) * quantize_weight(weight))
+
+    top = quantize_sample(neighbour(0, (1 - fx) * (1 - fy)) + neighbour(1, fx * (1 - fy)))
+    bottom = quantize_sample(neighbour(width, (1 - fx) * fy) + neighbour(width + 1, fx * fy))
+    return top + bottom
+
+
+def cost_volume_matmul(prev: Tensor, warped: Tensor, radius: int) -> Tensor:
+    """Cost volume as one matrix product per row shift; the cheap form for training.
+
+    A row of ``prev`` times the transposed, padded row of ``warped`` holds every horizontal shift; the
+    wanted band of 2r+1 diagonals becomes columns by re-reading the rows with a pitch one longer.
+
+    Args:
+        prev, warped: BxHxWxC.
+        radius: r, in pixels.
+
+    Returns:
+        BxHxWx(2r+1)^2: channel (dy + r) * (2r + 1) + (dx + r) is sum_c prev(p) * warped(p + (dx, dy)),
+        zero outside of the image. (Sun et al., "PWC-Net", CVPR 2018, eq. 3.)
+    """
+    _, height, width, _ = prev.shape
+    size = 2 * radius + 1
+    padded = tf.pad(warped, [[0, 0], [radius, radius], [radius, radius], [0, 0]])
+    bands = []
+    for row in range(size):
+        products = tf.matmul(prev, padded[:, row : row + height], transpose_b=True)
+        flat = tf.reshape(products, [-1, height, width * (width + 2 * radius)])
+        flat = tf.pad(flat, [[0, 0], [0, 0], [0, width]])
+        bands.append(tf.reshape(flat, [-1, height, width, width + size])[..., :size])
+    return tf.concat(bands, axis=-1)
+
+
+def cost_volume_slices(
+    prev: Tensor, warped: Tensor, radius: int, inner: dict[str, Quantizer] | None = None
+) -> Tensor:
+    """The same cost volume from operations an int8 runtime has fast kernels for.
+
+    The shifts of a row are stacked on the batch axis, multiplied by ``prev`` at once, and summed over
+    channels by a 1x1 convolution with a constant kernel.
+
+    Args:
+        inner: optional quantizers ``product`` (prev times shifted) and ``sum`` (the result).
+    """
+    quantize_product = inner["product"] if inner else _identity
+    quantize_sum = inner["sum"] if inner else _identity
+    _, height, width, channels = prev.shape
+    size = 2 * radius + 1
+    padded = tf.pad(warped, [[0, 0], [radius, radius], [radius, radius], [0, 0]])
+    ones = tf.ones([1, 1, channels, 1])
+    if inner:
+        ones = tf.quantization.fake_quant_with_min_max_args(ones, min=-1.0, max=1.0, narrow_range=True)
+    rows = []
+    for dy in range(size):
+        shifted = tf.concat(
+            [padded[:, dy : dy + height, dx : dx + width] for dx in range(size)], axis=0
+        )
+        stacked_prev = prev if prev.shape[0] == 1 else tf.concat([prev] * size, axis=0)
+        products = quantize_product(stacked_prev * shifted)
+        cost = quantize_sum(tf.nn.conv2d(products, ones, strides=1, padding="VALID"))
+        cost = tf.reshape(cost, [size, -1, height, width])
+        rows.append(tf.transpose(cost, [1, 2, 3, 0]))
+    return tf.concat(rows, axis=-1)
+
+
+class InnerRanges(keras.layers.Layer):
+    """A layer that, when ``quantized``, holds the int8 ranges of the tensors inside its operation.
+
+    Subclasses name those tensors in ``INNER``; :meth:`inner` gives a function per name that rounds a tensor
+    to 8 bits within its range. While ``observer`` is set, it is called with (layer name, tensor name, tensor)
+    instead and nothing is rounded: this is how ranges are measured.
+    """
+
+    INNER: tuple[str, ...] = ()
+
+    def __init__(self, quantized: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.quantized = quantized
+        self.ranges: dict[str, tf.Variable] = {}
+        self.observer: Callable[[str, str, Tensor], None] | None = None
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.quantized:
+            for name in self.INNER:
+                self.ranges[name] = self.add_weight(
+                    name=f"{name}_range",
+                    shape=(2,),
+                    initializer=keras.initializers.Constant([-1.0, 1.0]),
+                    trainable=False,
+                )
+
+    def inner(self) -> dict[str, Quantizer] | None:
+        if not self.quantized:
+            return None
+
+        def quantizer(name: str) -> Quantizer:
+            def apply(tensor: Tensor) -> Tensor:
+                if self.observer is not None:
+                    self.observer(self.name, name, tensor)
+                    return tensor
+                low, high = tf.unstack(self.ranges[name])
+                return tf.quantization.fake_quant_with_min_max_vars(tensor, low, high)
+
+            return apply
+
+        return {name: quantizer(name) for name in self.INNER}
+
+    def get_config(self):
+        return {**super().get_config(), "quantized": self.quantized}
+
+
+class Split(keras.layers.Layer):
+    """Takes the previous (``half=0``) or next (``half=1``) frame's half of a 2B batch."""
+
+    def __init__(self, half: int, **kwargs):
+        super().__init__(**kwargs)
+        self.half = half
+
+    def call(self, stacked: Tensor) -> Tensor:
+        count = stacked.shape[0]
+        if count is None:
+            count = tf.shape(stacked)[0]
+        half = count // 2
+        return stacked[:half] if self.half == 0 else stacked[half:]
+
+    def get_config(self):
+        return {**super().get_config(), "half": self.half}
+
+
+class Warp(InnerRanges):
+    """:func:`bilinear_warp` of features by a flow of the same level."""
+
+    INNER = ("weight", "sample")
+
+    def call(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        features, flow = inputs
+        return bilinear_warp(features, flow, self.inner())
+
+
+class CostVolume(InnerRanges):
+    """Correlation of every pixel with its (2r+1)^2 neighbourhood in the warped features.
+
+    ``form`` selects between two implementations with the same values: ``matmul`` for training, ``slices``
+    for the exported graph.
+    """
+
+    INNER = ("product", "sum")
+
+    def __init__(self, radius: int, form: str = "matmul", **kwargs):
+        super().__init__(**kwargs)
+        if form not in ("matmul", "slices"):
+            raise ValueError(f"form must be 'matmul' or 'slices', got {form!r}")
+        self.radius = radius
+        self.form = form
+
+    def call(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        prev, warped = inputs
+        if self.form == "matmul":
+            return cost_volume_matmul(prev, warped, self.radius)
+        return cost_volume_slices(prev, warped, self.radius, self.inner())
+
+    def get_config(self):
+        return {**super().get_config(), "radius": self.radius, "form": self.form}
+
+
+class NormalizeFeatures(keras.layers.Layer):
+    """Scales every pixel's feature vector to unit length, so that a product of two is their cosine.
+
+    A plain product is largest where features are large, not where they are alike; normalized, a cost volume
+    is already meaningful for untrained features, and its range is known: [-1, 1].
+    """
+
+    def call(self, features: Tensor) -> Tensor:
+        return tf.nn.l2_normalize(features, axis=-1, epsilon=1e-6)
+
+
+class UpsampleFeatures(keras.layers.Layer):
+    """Bilinear upsampling of features by two."""
+
+    def call(self, features: Tensor) -> Tensor:
+        return resize_bilinear(features, 2 * features.shape[1], 2 * features.shape[2])
+
+
+class UpsampleFlow(keras.layers.Layer):
+    """Takes a flow of level l to level l - 1: twice the size, twice the vectors."""
+
+    def call(self, flow: Tensor) -> Tensor:
+        return resize_flow(flow, 2 * flow.shape[1], 2 * flow.shape[2])
+
+
+class ScaleFlow(keras.layers.Layer):
+    """Multiplies a flow by a constant; ``clip`` bounds the result to [-1, 1]."""
+
+    def __init__(self, scale: float, clip: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = scale
+        self.clip = clip
+
+    def call(self, flow: Tensor) -> Tensor:
+        scaled = flow * self.scale
+        return tf.clip_by_value(scaled, -1.0, 1.0) if self.clip else scaled
+
+    def get_config(self):
+        return {**super().get_config(), "scale": self.scale, "clip": self.clip}

@@ -1,0 +1,104 @@
+"""Ranges of activations, measured on real inputs.
+
+Quantization-aware training that starts from placeholder ranges destroys the flow before it can learn; so
+ranges are set from the float network's activations first.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Iterable
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from qpwc_core.model.layers import InnerRanges, normalize
+from qpwc_core.quantization.configs import FIXED_RANGES, RangeQuantizer, set_weight_ranges, wrapped
+
+#: (tensor, the tensor whose range it shares). A bilinear resize or warp of int8 keeps its input's scale; the
+#: cost volume's rounding happens inside of the layer.
+TIES = (
+    (re.compile(r"hidden_up_(\d+)"), r"project_hidden_\1"),
+    (re.compile(r"warp_(\d+)(/sample)?"), r"match_\1"),
+    (re.compile(r"cost_(\d+)/sum"), r"cost_\1"),
+)
+
+
+def range_variables(quantized: keras.Model) -> dict[str, tf.Variable]:
+    """Every activation range of a quantized network: "layer" for outputs, "layer/tensor" for inner ones."""
+    ranges = {}
+    for layer in quantized.layers:
+        outputs = getattr(layer, "_output_quantizer_vars", None)
+        if outputs:
+            ranges[layer.name] = outputs["range"]
+        inner = wrapped(layer)
+        if isinstance(inner, InnerRanges):
+            ranges.update({f"{layer.name}/{name}": variable for name, variable in inner.ranges.items()})
+    return ranges
+
+
+class _Observation:
+    """Collects low and high percentiles of every observed tensor."""
+
+    def __init__(self, percentile: float):
+        self._percentiles = [100 - percentile, percentile]
+        self.seen: dict[str, list[np.ndarray]] = {}
+
+    def record(self, name: str, tensor: tf.Tensor) -> None:
+        self.seen.setdefault(name, []).append(np.percentile(tensor.numpy(), self._percentiles))
+
+    def range_of(self, name: str) -> tuple[float, float]:
+        values = np.stack(self.seen[name])
+        return float(min(values[:, 0].min(), 0.0)), float(max(values[:, 1].max(), 1e-3))
+
+
+def measure(quantized: keras.Model, images: Iterable[np.ndarray], percentile: float) -> _Observation:
+    """Runs the network unrounded and observes every tensor that has a range.
+
+    Args:
+        images: batches of stacked pairs, uint8 2BxHxWx3.
+        percentile: how much of each tensor the range covers, per batch; 100 is min-max.
+    """
+    observation = _Observation(percentile)
+    observed = []
+    for layer in quantized.layers:
+        for quantizer in getattr(layer, "_output_quantizers", None) or []:
+            if isinstance(quantizer, RangeQuantizer):
+                quantizer.observer = lambda tensor, name=layer.name: observation.record(name, tensor)
+                observed.append(quantizer)
+        inner = wrapped(layer)
+        if isinstance(inner, InnerRanges):
+            inner.observer = lambda owner, name, tensor: observation.record(f"{owner}/{name}", tensor)
+            observed.append(inner)
+    try:
+        for batch in images:
+            quantized(normalize(tf.constant(batch)), training=False)
+    finally:
+        for owner in observed:
+            owner.observer = None
+    return observation
+
+
+def calibrate(quantized: keras.Model, images: Iterable[np.ndarray], percentile: float = 99.995) -> None:
+    """Sets every range of a quantized network that holds float weights.
+
+    Raises:
+        ValueError: a tensor with a range was never seen (the network needs the "slices" cost form).
+    """
+    set_weight_ranges(quantized)
+    observation = measure(quantized, images, percentile)
+    ranges = range_variables(quantized)
+    for name, variable in ranges.items():
+        source = name
+        for pattern, replacement in TIES:
+            match = pattern.fullmatch(name)
+            if match:
+                source = match.expand(replacement)
+        fixed = [value for key, value in FIXED_RANGES.items() if re.fullmatch(rf"(.*/)?{key}(_\d+)?", name)]
+        if fixed:
+            variable.assign(fixed[0])
+        elif source in observation.seen:
+            variable.assign(observation.range_of(source))
+        else:
+            raise ValueError(f"no activations seen for {source}; calibrate in the 'slices' cost form")

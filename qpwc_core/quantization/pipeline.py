@@ -1,0 +1,143 @@
+"""From float weights to the two shipped files: calibrate, fine-tune with rounding, export, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from qpwc_core.data.pipeline import flow_samples, validation_samples
+from qpwc_core.model.network import build_network
+from qpwc_core.quantization import flatbuffer, parity
+from qpwc_core.quantization.calibration import calibrate
+from qpwc_core.quantization.configs import build_quantized_network, load_float_weights
+from qpwc_core.quantization.export import export_network
+from qpwc_core.training import loop
+from qpwc_core.training.trainer import FlowTrainer
+
+SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "models"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """Everything that decides a quantization run; written beside its results as ``config.json``.
+
+    Attributes:
+        network: the operating point's name.
+        weights: float weights; None: those of ``out/train/NETWORK``, else the shipped ones.
+        textures, validation_textures: archives of ``prepare_textures.py``; None: procedural patterns.
+        calibration_pairs: pairs that the ranges are measured on.
+        percentile: share of an activation's values that its range covers.
+        steps: optimization steps of quantization-aware fine-tuning; 0 leaves it at calibration.
+        learning_rate: its peak.
+        height, width, batch: its crops. motion: as in training.
+        validation_size, validation_count: the synthetic pairs of the report.
+    """
+
+    network: str = "qpwc_fast"
+    weights: str | None = None
+    textures: str | None = None
+    validation_textures: str | None = None
+    calibration_pairs: int = 64
+    percentile: float = 99.995
+    steps: int = 400
+    learning_rate: float = 5e-5
+    height: int = 192
+    width: int = 256
+    batch: int = 8
+    motion: tuple[float, float] = (1.0, 40.0)
+    epoch_steps: int = 100
+    seed: int = 3
+    validation_size: tuple[int, int] = (384, 512)
+    validation_count: int = 64
+    workers: int = 1
+
+    def training(self) -> loop.TrainConfig:
+        return loop.TrainConfig(
+            network=self.network,
+            height=self.height,
+            width=self.width,
+            batch=self.batch,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup=min(50, self.steps // 4),
+            epoch_steps=min(self.epoch_steps, max(self.steps, 1)),
+            seed=self.seed,
+            textures=self.textures,
+            validation_textures=self.validation_textures,
+            motion=self.motion,
+            validation_size=self.validation_size,
+            validation_count=min(self.validation_count, 16),
+            workers=self.workers,
+        )
+
+
+def find_weights(config: QuantizeConfig) -> Path:
+    """The float weights to start from.
+
+    Raises:
+        ValueError: there are none.
+    """
+    candidates = [
+        Path("out/train") / config.network / "best.weights.h5",
+        SHIPPED_WEIGHTS / f"{config.network}.weights.h5",
+    ]
+    if config.weights:
+        candidates = [Path(config.weights)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ValueError(f"no float weights: looked for {', '.join(str(path) for path in candidates)}; train first")
+
+
+def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
+    """Runs or resumes; returns the paths of "int8" and "float32".
+
+    Raises:
+        ValueError: no weights, an unknown network, or a directory with another network's run.
+    """
+    point = loop.network_config(config.network)
+    weights = find_weights(config)
+    loop.claim_directory(directory, config, point)
+
+    network = build_network(point, config.height, config.width)
+    network.load_weights(weights)
+    calibrated = directory / "calibrated.weights.h5"
+    if not calibrated.exists():
+        measured = build_quantized_network(point, config.height, config.width, cost_form="slices")
+        load_float_weights(measured, network)
+        source = config.training().pipeline()
+        samples = flow_samples(source, source.load_textures(config.seed), np.random.default_rng(config.seed))
+        pairs = list(itertools.islice(samples, config.calibration_pairs))
+        groups = [pairs[start : start + config.batch] for start in range(0, len(pairs), config.batch)]
+        stacked = (np.stack([s.prev for s in group] + [s.next for s in group]) for group in groups)
+        calibrate(measured, stacked, config.percentile)
+        loop.save_weights(measured, calibrated)
+
+    best = calibrated
+    if config.steps:
+        quantized = build_quantized_network(point, config.height, config.width, batch=config.batch)
+        quantized.load_weights(calibrated)
+        best = loop.fit(
+            FlowTrainer(quantized), point, config.training(), directory, build=build_quantized_network
+        )
+
+    paths = {precision: directory / f"{config.network}_{precision}.tflite" for precision in ("int8", "float32")}
+    export_network(point, best, paths["int8"], quantized=True)
+    export_network(point, weights, paths["float32"], quantized=False)
+    samples = validation_samples(*config.validation_size, config.validation_count, config.validation_textures)
+    result = parity.compare(paths["float32"], paths["int8"], samples)
+    parity.write_report(result, directory / "parity.json")
+    for precision, path in paths.items():
+        flatbuffer.set_figures(
+            path,
+            {
+                "EPE synthetic": round(getattr(result, precision), 3),
+                "EPE DIS medium": round(result.dis_medium, 3),
+                "EPE zero flow": round(result.zero_flow, 3),
+            },
+        )
+    print(parity.report(result))
+    return paths

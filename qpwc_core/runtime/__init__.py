@@ -1,0 +1,8 @@
+"""Running the shipped networks: LiteRT, numpy and OpenCV only, no TensorFlow."""
+
+from __future__ import annotations
+
+from qpwc_core.runtime.estimator import Features, FlowEstimator
+from qpwc_core.runtime.interpolator import FrameInterpolator
+
+__all__ = ["Features", "FlowEstimator", "FrameInterpolator"]

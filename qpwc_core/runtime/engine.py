@@ -1,0 +1,134 @@
+"""The one place that knows which TFLite runtime is installed, and how to call it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from qpwc_core.errors import ModelError, QpwcError
+
+# (module with Interpreter and OpResolverType, distribution), best first. TensorFlow's import takes
+# seconds and hundreds of megabytes, so it serves only where nothing smaller is installed.
+_RUNTIMES = (
+    ("ai_edge_litert.interpreter", "ai-edge-litert"),
+    ("tflite_runtime.interpreter", "tflite-runtime"),
+    ("tensorflow.lite.python.interpreter", "tensorflow"),
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a signature takes or gives under one name. Scale and zero point are 0 for floats."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    scale: float
+    zero_point: int
+
+
+def import_runtime() -> tuple[ModuleType, str]:
+    """The interpreter module of the first installed runtime, and its name and version.
+
+    Raises:
+      QpwcError: None is installed.
+    """
+    for module_name, distribution in _RUNTIMES:
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            continue
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:  # tensorflow-cpu and other flavours
+            version = "of unknown version"
+        return module, f"{distribution} {version}"
+    raise QpwcError("no TFLite runtime is installed; try: pip install ai-edge-litert")
+
+
+class Engine:
+    """One .tflite file, ready to run, its signatures callable by name from any thread."""
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int, xnnpack: bool = True) -> None:
+        """Loads the model and plans its memory.
+
+        Args:
+          path: A .tflite file.
+          threads: How many threads run the network, at least 1.
+          xnnpack: Whether the XNNPACK delegate, the fast kernels, may be used.
+
+        Raises:
+          ModelError: The file is damaged or needs operations this runtime lacks.
+          QpwcError: No runtime is installed.
+        """
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        runtime, self.name = import_runtime()
+        _warn_if_processor_is_hidden()
+        resolver = runtime.OpResolverType
+        try:
+            self._interpreter = runtime.Interpreter(
+                model_path=os.fspath(path),
+                num_threads=threads,
+                experimental_op_resolver_type=(
+                    resolver.AUTO if xnnpack else resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+                ),
+            )
+            # Delegates are applied here; a signature runner made before would run without them.
+            self._interpreter.allocate_tensors()
+            signatures = self._interpreter.get_signature_list()
+            self._runners = {name: self._interpreter.get_signature_runner(name) for name in signatures}
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"{path}: cannot be loaded ({reason})") from error
+        self._lock = threading.Lock()
+
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        """Names of the model's signatures."""
+        return tuple(self._runners)
+
+    def inputs(self, signature: str) -> dict[str, TensorSpec]:
+        """What the signature takes, by name."""
+        return _specs(self._runners[signature].get_input_details())
+
+    def outputs(self, signature: str) -> dict[str, TensorSpec]:
+        """What the signature gives, by name."""
+        return _specs(self._runners[signature].get_output_details())
+
+    def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs one signature; the arrays returned are copies that belong to the caller."""
+        with self._lock:  # setting inputs, invoking and copying out share the interpreter's tensors
+            return self._runners[signature](**inputs)
+
+
+def _specs(details: Mapping[str, Mapping]) -> dict[str, TensorSpec]:
+    return {
+        name: TensorSpec(
+            shape=tuple(int(side) for side in detail["shape"]),
+            dtype=np.dtype(detail["dtype"]),
+            scale=float(detail["quantization"][0]),
+            zero_point=int(detail["quantization"][1]),
+        )
+        for name, detail in details.items()
+    }
+
+
+def _warn_if_processor_is_hidden() -> None:
+    """Without /proc/cpuinfo LiteRT misses ARM's dot products, and int8 runs many times slower."""
+    if (
+        platform.machine() == "aarch64"
+        and platform.system() == "Linux"
+        and not os.access("/proc/cpuinfo", os.R_OK)
+    ):
+        warnings.warn(
+            "/proc/cpuinfo is not readable, so int8 models run slowly: mount /proc", RuntimeWarning, 3
+        )

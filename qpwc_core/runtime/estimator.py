@@ -1,0 +1,203 @@
+"""Dense optical flow between two images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from qpwc_core.errors import ModelError
+from qpwc_core.geometry import NetworkFit
+from qpwc_core.images import as_rgb, as_rgb_pair
+from qpwc_core.machine import available_cores
+from qpwc_core.runtime import models
+from qpwc_core.runtime.engine import Engine, TensorSpec
+from qpwc_core.runtime.models import ModelInfo
+
+_IMAGE = "image"
+_FLOW = "flow"
+_PREV, _NEXT = "prev_", "next_"
+_DEFAULT_THREADS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a network keeps of one image; opaque, and only for the model that made it.
+
+    Attributes:
+      height, width: The image, in pixels.
+    """
+
+    height: int
+    width: int
+    _arrays: Mapping[str, np.ndarray]
+    _info: ModelInfo
+
+
+class FlowEstimator:
+    """Estimates where each pixel of one image is seen in the next.
+
+    May be shared between threads; the network runs for one of them at a time.
+
+    Attributes:
+      info: What the model says of itself.
+      threads: Threads that run the network.
+      runtime: Name and version of the TFLite runtime.
+    """
+
+    def __init__(self, info: ModelInfo, *, threads: int | None = None, xnnpack: bool = True) -> None:
+        """As `load`, for a model whose description is already read."""
+        self.info = info
+        self.threads = min(_DEFAULT_THREADS, available_cores()) if threads is None else threads
+        self._engine = Engine(info.path, threads=self.threads, xnnpack=xnnpack)
+        self._match_inputs = _check_interface(info, self._engine)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        precision: str = models.DEFAULT_PRECISION,
+        threads: int | None = None,
+        xnnpack: bool = True,
+    ) -> FlowEstimator:
+        """Loads a model.
+
+        Args:
+          model: A bundled model's name or the path of a .tflite file; by default "qpwc", or
+            "qpwc_fast" where that is the only one bundled.
+          precision: "int8" or "float32", for a bundled model.
+          threads: Threads that run the network; by default 2, or 1 on a single processor.
+          xnnpack: Whether the runtime's fast kernels may be used; without them the flow is the same up
+            to rounding.
+
+        Raises:
+          ModelError: The model is missing, damaged, or not one of this project's.
+          QpwcError: No TFLite runtime is installed.
+          ValueError: Unknown precision, or fewer than one thread.
+        """
+        path = models.find_model(models.default_model() if model is None else model, precision)
+        return cls(models.read_model_info(path), threads=threads, xnnpack=xnnpack)
+
+    @property
+    def runtime(self) -> str:
+        """Name and version of the TFLite runtime in use."""
+        return self._engine.name
+
+    def __call__(self, prev: np.ndarray, next: np.ndarray) -> np.ndarray:
+        """Flow from `prev` to `next`.
+
+        Args:
+          prev, next: uint8 (H, W, 3) RGB, or grey (H, W) or (H, W, 1), of one size; H, W ≥ 32.
+
+        Returns:
+          float32 (H, W, 2): (dx, dy) in pixels, so that `prev[y, x]` is seen at
+          `next[y + dy, x + dx]`. A new array.
+
+        Raises:
+          ValueError: Naming the shape or dtype that is wrong.
+        """
+        prev, next = as_rgb_pair(prev, next)
+        return self.match(self.encode(prev), self.encode(next))
+
+    def stream(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Flow between consecutive frames, from the second frame on, encoding each frame once.
+
+        The result is bit for bit that of calling the estimator on each pair.
+
+        Raises:
+          ValueError: As `__call__`; also where a frame's size differs from the one before.
+        """
+        prev: Features | None = None
+        for frame in frames:
+            features = self.encode(frame)
+            if prev is not None:
+                yield self.match(prev, features)
+            prev = features
+
+    def bidirectional(
+        self, prev: np.ndarray | Features, next: np.ndarray | Features
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Flow prev → next and flow next → prev, encoding each image once.
+
+        Takes images as `__call__` does, or features of them.
+        """
+        prev, next = self._features(prev, "prev"), self._features(next, "next")
+        return self.match(prev, next), self.match(next, prev)
+
+    def encode(self, image: np.ndarray) -> Features:
+        """Computes what `match` needs of one image (as in `__call__`)."""
+        return self._features(image, "image")
+
+    def match(self, prev: Features, next: Features) -> np.ndarray:
+        """Flow between two encoded images of one size: float32 (H, W, 2), as `__call__`.
+
+        Raises:
+          ValueError: The images differ in size, or another model encoded them.
+        """
+        for name, features in (("prev", prev), ("next", next)):
+            if features._info != self.info:
+                raise ValueError(f"{name} was encoded by {features._info.path}, not by {self.info.path}")
+        if (prev.height, prev.width) != (next.height, next.width):
+            raise ValueError(
+                f"prev and next differ in size: {(prev.height, prev.width)} and {(next.height, next.width)}"
+            )
+        sides = {_PREV: prev._arrays, _NEXT: next._arrays}
+        inputs = {side + name: sides[side][name] for side, name in self._match_inputs}
+        flow = self._engine.run(self.info.match, inputs)[_FLOW][0]
+        return self._fit(prev.height, prev.width).to_image(flow)
+
+    def _features(self, image: np.ndarray | Features, name: str) -> Features:
+        if isinstance(image, Features):
+            return image
+        rgb = as_rgb(image, name)
+        height, width = rgb.shape[:2]
+        net_image = self._fit(height, width).to_network(rgb)
+        arrays = self._engine.run(self.info.encode, {_IMAGE: net_image[None]})
+        return Features(height, width, arrays, self.info)
+
+    def _fit(self, height: int, width: int) -> NetworkFit:
+        return NetworkFit(height, width, self.info.height, self.info.width, self.info.flow_stride)
+
+
+def _check_interface(info: ModelInfo, engine: Engine) -> list[tuple[str, str]]:
+    """Checks that the signatures are what the metadata promises and fit each other.
+
+    Returns:
+      The inputs of `match`, each as ("prev_" or "next_", name of an output of `encode`).
+
+    Raises:
+      ModelError: They do not.
+    """
+
+    for signature in (info.encode, info.match):
+        if signature not in engine.signatures:
+            raise ModelError(f"{info.path}: lacks the signature {signature!r}")
+    _require(info, engine.inputs(info.encode), _IMAGE, (1, info.height, info.width, 3), np.uint8)
+    grid = (info.height // info.flow_stride, info.width // info.flow_stride)
+    _require(info, engine.outputs(info.match), _FLOW, (1, *grid, 2), np.float32)
+
+    features = engine.outputs(info.encode)
+    wanted = []
+    for name, spec in engine.inputs(info.match).items():
+        side, source = name[: len(_PREV)], name[len(_PREV) :]
+        if side not in (_PREV, _NEXT) or source not in features:
+            raise ModelError(f"{info.path}: nothing in {info.encode!r} gives the input {name!r}")
+        if features[source] != spec:
+            raise ModelError(f"{info.path}: input {name!r} is {spec}, but it is given {features[source]}")
+        wanted.append((side, source))
+    return wanted
+
+
+def _require(
+    info: ModelInfo, specs: Mapping[str, TensorSpec], name: str, shape: tuple[int, ...], dtype: type
+) -> None:
+    if name not in specs:
+        raise ModelError(f"{info.path}: lacks the tensor {name!r}")
+    spec = specs[name]
+    if spec.shape != shape or spec.dtype != dtype:
+        raise ModelError(
+            f"{info.path}: tensor {name!r} is {spec.dtype} {spec.shape}, expected {np.dtype(dtype)} {shape}"
+        )

@@ -1,0 +1,154 @@
+"""Finding models by name, and what a model says of itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qpwc_core.errors import ModelError
+from qpwc_core.runtime.metadata import METADATA_FORMAT, read_metadata
+
+PRECISIONS = ("int8", "float32")
+DEFAULT_PRECISION = "int8"
+
+# The accurate model where it is installed, else the fast one.
+_DEFAULT_MODELS = ("qpwc", "qpwc_fast")
+_SHARED_MODELS = Path("share") / "qpwc_ros" / "models"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a .tflite file of ours says of itself.
+
+    Attributes:
+      path: The file.
+      name: Name of the network, such as "qpwc_fast".
+      precision: "int8" or "float32".
+      height, width: Network input, in pixels.
+      flow_stride: Pixels of the network input per cell of the flow grid.
+      encode: Name of the signature image → features.
+      match: Name of the signature features of two images → flow.
+      figures: Measured results, as the exporter wrote them.
+    """
+
+    path: Path
+    name: str
+    precision: str
+    height: int
+    width: int
+    flow_stride: int
+    encode: str
+    match: str
+    figures: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+_KEY_TYPES: dict[str, type] = {
+    "name": str,
+    "precision": str,
+    "height": int,
+    "width": int,
+    "flow_stride": int,
+    "encode": str,
+    "match": str,
+    "figures": dict,
+}
+
+
+def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
+    """Reads what the model says of itself, without loading it.
+
+    Raises:
+      ModelError: The file is missing, damaged, or lacks our metadata or a part of it.
+    """
+    metadata = read_metadata(path)
+    if metadata.get("format") != METADATA_FORMAT:
+        raise ModelError(
+            f"{path}: metadata format {metadata.get('format')!r}, this program reads {METADATA_FORMAT}"
+        )
+    for key, kind in _KEY_TYPES.items():
+        if key not in metadata:
+            raise ModelError(f"{path}: its metadata lacks {key!r}")
+        if type(metadata[key]) is not kind:
+            raise ModelError(
+                f"{path}: its metadata has {key!r} = {metadata[key]!r}, expected {kind.__name__}"
+            )
+    info = ModelInfo(path=Path(path), **{key: metadata[key] for key in _KEY_TYPES})
+    if info.precision not in PRECISIONS:
+        raise ModelError(
+            f"{path}: its metadata has precision {info.precision!r}, expected {' or '.join(PRECISIONS)}"
+        )
+    sides = (info.height, info.width)
+    if info.flow_stride < 1 or min(sides) < 1 or any(side % info.flow_stride for side in sides):
+        raise ModelError(
+            f"{path}: its metadata has an input of {info.width}x{info.height} pixels, which is no whole "
+            f"number of flow cells of {info.flow_stride}"
+        )
+    return info
+
+
+def model_directories() -> list[Path]:
+    """Existing directories with bundled models, in order of precedence.
+
+    The source tree's own `models/`; then `share/qpwc_ros/models` under the prefix this package is
+    installed in, under Python's prefix, and under each entry of AMENT_PREFIX_PATH.
+    """
+    package = Path(__file__).resolve().parents[1]
+    candidates = [package.parent / "models"]
+    prefixes = [*package.parents, Path(sys.prefix)]
+    prefixes += [Path(entry) for entry in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if entry]
+    candidates += [prefix / _SHARED_MODELS for prefix in prefixes]
+    return [directory for directory in dict.fromkeys(candidates) if directory.is_dir()]
+
+
+def find_model(name_or_path: str | os.PathLike[str], precision: str = DEFAULT_PRECISION) -> Path:
+    """The file of a model.
+
+    Args:
+      name_or_path: A bundled model's name, or a path (recognized by its suffix .tflite).
+      precision: "int8" or "float32"; of no effect for a path.
+
+    Raises:
+      ModelError: There is no such file or bundled model.
+      ValueError: Unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got {precision!r}")
+    if os.fspath(name_or_path).endswith(".tflite"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ModelError(f"{path}: no such model file")
+        return path
+    found = _bundled_files()
+    wanted = f"{name_or_path}_{precision}"
+    if wanted not in found:
+        available = ", ".join(sorted(found)) or "none"
+        raise ModelError(f"no bundled model {wanted!r} (bundled: {available}); a path must end in .tflite")
+    return found[wanted]
+
+
+def default_model() -> str:
+    """Name of the model used when none is named: "qpwc" if it is bundled, else "qpwc_fast"."""
+    found = _bundled_files()
+    for name in _DEFAULT_MODELS[:-1]:
+        if f"{name}_{DEFAULT_PRECISION}" in found:
+            return name
+    return _DEFAULT_MODELS[-1]
+
+
+def list_models() -> list[ModelInfo]:
+    """Every bundled model, by name, int8 first. Raises ModelError where one cannot be read."""
+    infos = [read_model_info(path) for path in _bundled_files().values()]
+    return sorted(infos, key=lambda info: (info.name, PRECISIONS.index(info.precision)))
+
+
+def _bundled_files() -> dict[str, Path]:
+    """Bundled models by `name_precision`; a directory of higher precedence hides one of lower."""
+    files: dict[str, Path] = {}
+    for directory in model_directories():
+        for path in sorted(directory.glob("*.tflite")):
+            files.setdefault(path.stem, path)
+    return files

@@ -1,0 +1,116 @@
+"""The training step as a bundle that runs where there is no TensorFlow.
+
+XLA compiles the whole step (forward, backward, update) from StableHLO; what TensorFlow lowers here, JAX's
+runtime executes elsewhere. A bundle is a directory:
+
+    step.stablehlo    the step as StableHLO text: (batch tensors, state) -> (scalars, new state)
+    state.npz         the initial state: weights, optimizer slots, averages, counters
+    bundle.json       names, shapes and order of all of these, the pipeline and the network
+    textures.npz      the training textures, if any
+
+This module writes bundles and reads trained state back; ``bundle_runner`` runs them and imports neither this
+module nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from qpwc_core.data.pipeline import batches
+from qpwc_core.model.initialization import initialize_from_data
+from qpwc_core.model.network import build_network
+from qpwc_core.training.loop import TrainConfig, batch_signature, network_config
+from qpwc_core.training.trainer import FlowTrainer, make_optimizer
+
+FORMAT = 1
+
+
+def make_trainer(config: TrainConfig) -> FlowTrainer:
+    """A trainer with its optimizer, ready for its first step.
+
+    A fresh network (no ``config.initial``) is initialized from one batch of scenes.
+    """
+    point = network_config(config.network)
+    keras.utils.set_random_seed(config.seed)
+    network = build_network(point, config.height, config.width, batch=config.batch)
+    if config.initial:
+        network.load_weights(config.initial)
+    else:
+        first = next(batches(config.pipeline(), config.seed))
+        initialize_from_data(network, np.concatenate([first["prev"], first["next"]]))
+    trainer = FlowTrainer(network)
+    trainer.compile(
+        optimizer=make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay)
+    )
+    trainer.optimizer.build(network.trainable_variables)
+    return trainer
+
+
+def export_step(config: TrainConfig, directory: Path) -> None:
+    """Writes a bundle into ``directory``.
+
+    Raises:
+        RuntimeError: the lowered step does not hand back every variable it takes.
+    """
+    trainer = make_trainer(config)
+    signature = batch_signature(config)
+    step = tf.function(trainer.update, jit_compile=True)
+    concrete = step.get_concrete_function(signature)
+    zeros = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in signature.items()}
+    text = step.experimental_get_compiler_ir(zeros)(stage="stablehlo")
+
+    handles = {id(v.handle): v for v in concrete.graph.variables}
+    variables = [handles[id(handle)] for handle in concrete.captured_inputs]
+    outputs = sorted(concrete.structured_outputs)
+    names = {id(v): f"{index:04d}" for index, v in enumerate(variables)}
+    averages = [names[id(v)] for v in trainer.averages]
+    description = {
+        "format": FORMAT,
+        "inputs": [
+            {"name": name, "shape": list(signature[name].shape), "dtype": signature[name].dtype.name}
+            for name in sorted(signature)
+        ],
+        "outputs": outputs,
+        "state": [names[id(v)] for v in variables],
+        "iterations": names[id(trainer.optimizer.iterations)],
+        "weights": [names[id(v)] for v in trainer.network.trainable_variables],
+        "averages": averages,
+        "network": dataclasses.asdict(network_config(config.network)),
+        "run": dataclasses.asdict(config),
+        "pipeline": dataclasses.asdict(config.pipeline()),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "step.stablehlo").write_text(text)
+    np.savez(directory / "state.npz", **{names[id(v)]: v.numpy() for v in variables})
+    if config.textures:
+        shutil.copyfile(config.textures, directory / "textures.npz")
+    (directory / "bundle.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_weights(directory: Path, state: Path, network: keras.Model, *, averaged: bool = True) -> None:
+    """Puts a bundle's trained state (``state.npz`` or a checkpoint of the runner) into a tf_keras network.
+
+    Args:
+        network: of ``build_network`` with the bundle's network config, at any size.
+        averaged: take the moving averages instead of the raw weights.
+
+    Raises:
+        ValueError: the shapes do not fit: another network.
+    """
+    description = json.loads((directory / "bundle.json").read_text())
+    with np.load(state, allow_pickle=False) as values:
+        names = description["averages" if averaged else "weights"]
+        variables = network.trainable_variables
+        if len(names) != len(variables):
+            raise ValueError(f"{state}: {len(names)} weights for a network of {len(variables)}")
+        for variable, name in zip(variables, names):
+            if tuple(variable.shape) != values[name].shape:
+                raise ValueError(f"{state}: {variable.name} has shape {variable.shape}, not {values[name].shape}")
+            variable.assign(values[name])

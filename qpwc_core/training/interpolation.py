@@ -1,0 +1,225 @@
+"""Pretraining on interpolation: loss, metric and the run from a config to weights on disk."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from qpwc_core.data.pipeline import Batch, PipelineConfig, batches
+from qpwc_core.data.scenes import SceneConfig
+from qpwc_core.data.triplets import VideoConfig, triplet_stream
+from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.initialization import initialize_from_data
+from qpwc_core.model.interpolator import Interpolator, downscale, output_levels
+from qpwc_core.model.layers import PIXEL_SCALE, PIXEL_ZERO, normalize
+from qpwc_core.model.network import build_network
+from qpwc_core.training.loop import as_dataset, save_weights, write_config
+from qpwc_core.training.losses import masked_mean
+from qpwc_core.training.trainer import make_optimizer
+
+_CHARBONNIER_EPSILON = 0.01  # about one grey level
+_COARSE_WEIGHT = 0.25
+_VALIDATION_SEED = 30_000
+
+
+@dataclasses.dataclass(frozen=True)
+class PreTrainConfig:
+    """Everything that decides a pretraining run; written beside its checkpoints as ``config.json``.
+
+    Attributes:
+        network: the operating point's name.
+        height, width, batch: training crops.
+        steps: optimization steps in total; learning_rate reaches its peak after ``warmup`` of them.
+        epoch_steps: steps between validations and backups.
+        videos: files to take triplets from; none: rendered scenes.
+        textures, validation_textures: archives of ``prepare_textures.py`` for scenes; None: procedural patterns.
+        motion: range of the scenes' typical motion in pixels between neighbours of a triplet.
+        validation_count: rendered triplets, of the crops' size, to validate on.
+        workers: rendering processes.
+    """
+
+    network: str = "qpwc_fast"
+    height: int = 192
+    width: int = 256
+    batch: int = 8
+    steps: int = 2000
+    learning_rate: float = 6e-4
+    weight_decay: float = 1e-5
+    warmup: int = 100
+    epoch_steps: int = 100
+    seed: int = 1
+    videos: tuple[str, ...] = ()
+    textures: str | None = None
+    validation_textures: str | None = None
+    motion: tuple[float, float] = (0.5, 10.0)
+    validation_count: int = 32
+    workers: int = 1
+
+    def scenes(self, textures: str | None) -> PipelineConfig:
+        return PipelineConfig(
+            scene=SceneConfig(height=self.height, width=self.width, motion=self.motion),
+            textures=textures,
+            batch=self.batch,
+            triplets=True,
+        )
+
+    def video(self) -> VideoConfig:
+        return VideoConfig(height=self.height, width=self.width, batch=self.batch)
+
+
+def photometric_loss(middle: tf.Tensor, predicted: tf.Tensor) -> tf.Tensor:
+    """Charbonnier difference (d^2 + e^2)^(1/2) of a predicted level and the middle frame.
+
+    (Charbonnier et al., "Two Deterministic Half-Quadratic Regularization Algorithms", ICIP 1994.)
+
+    Args:
+        middle: 0..255, BxHxWx3.
+        predicted: Bxhxwx4 with H/h a power of two, as from ``middle_frame``; where the last channel is 0 both
+            frames were sampled outside of the image, and nothing is compared.
+
+    Returns:
+        Scalar, in units of normalized images (1 is 128 grey levels).
+    """
+    level = (middle.shape[1] // predicted.shape[1]).bit_length() - 1
+    difference = predicted[..., :3] - downscale(normalize(middle), level)
+    error = tf.sqrt(tf.square(difference) + _CHARBONNIER_EPSILON**2)
+    return masked_mean(tf.reduce_mean(error, axis=-1, keepdims=True), predicted[..., 3:])
+
+
+def to_pixels(predicted: tf.Tensor) -> tf.Tensor:
+    """Predicted images ...x4 as grey levels, float32 ...x3 in 0..255."""
+    return tf.clip_by_value(predicted[..., :3] / PIXEL_SCALE + PIXEL_ZERO, 0.0, 255.0)
+
+
+def psnr(middle: tf.Tensor, predicted: tf.Tensor) -> tf.Tensor:
+    """Peak signal-to-noise ratio per image in dB, borders included; the metric of ``img_0``."""
+    return tf.image.psnr(middle, to_pixels(predicted), max_val=255.0)
+
+
+def plain_average(prev: np.ndarray, next_: np.ndarray) -> np.ndarray:
+    """What to beat: the mean of the two frames, uint8, without any motion."""
+    return ((prev.astype(np.uint16) + next_ + 1) // 2).astype(np.uint8)
+
+
+def as_training_data(data: tf.data.Dataset, outputs: list[str]) -> tf.data.Dataset:
+    """Batches of triplets → what Keras' ``fit`` takes: (inputs, a target for each output)."""
+    return data.map(
+        lambda batch: ({"prev": batch["prev"], "next": batch["next"]}, {name: batch["middle"] for name in outputs})
+    )
+
+
+def validation_triplets(config: PreTrainConfig, seed: int = _VALIDATION_SEED) -> Batch:
+    """``validation_count`` rendered triplets in one batch; the same arguments always give the same ones."""
+    scenes = dataclasses.replace(config.scenes(config.validation_textures), batch=config.validation_count)
+    return next(batches(scenes, seed))
+
+
+class KeepWeights(keras.callbacks.Callback):
+    """After each epoch saves the flow network's weights: ``last.weights.h5``, and the best if they are."""
+
+    def __init__(self, network: keras.Model, directory: Path, monitor: str):
+        super().__init__()
+        self._network = network
+        self._directory = directory
+        self._monitor = monitor
+
+    def on_epoch_end(self, epoch, logs=None):
+        save_weights(self._network, self._directory / "last.weights.h5")
+        record = self._directory / "best.json"
+        best = json.loads(record.read_text())[self._monitor] if record.exists() else np.inf
+        if logs[self._monitor] < best:
+            save_weights(self._network, self._directory / "best.weights.h5")
+            record.write_text(json.dumps({"epoch": epoch + 1, self._monitor: float(logs[self._monitor])}) + "\n")
+
+
+def read_config(directory: Path) -> tuple[PreTrainConfig, NetworkConfig]:
+    """What ``config.json`` of a run says.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not one of a pretraining run.
+    """
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        run = {name: tuple(v) if isinstance(v, list) else v for name, v in values["run"].items()}
+        return PreTrainConfig(**run), NetworkConfig.from_mapping(values["network"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the config of a pretraining run ({error})") from error
+
+
+def _epochs_done(history: Path) -> int:
+    if not history.exists():
+        return 0
+    with history.open() as file:
+        return sum(1 for _ in csv.DictReader(file))
+
+
+def pre_train(config: PreTrainConfig, directory: Path) -> Path:
+    """Trains, or resumes what is in ``directory``; returns the path of the best flow network's weights.
+
+    Leaves ``config.json``, ``best.weights.h5``, ``last.weights.h5`` (both what ``train --initial`` takes),
+    ``history.csv``, TensorBoard logs and a backup of the whole state.
+
+    Raises:
+        ValueError: an unknown network, an unusable video, or ``directory`` holds another network's run.
+        OSError, FormatError: a file cannot be read.
+    """
+    if config.network not in OPERATING_POINTS:
+        raise ValueError(f"unknown network {config.network!r}; known: {', '.join(OPERATING_POINTS)}")
+    network_config = OPERATING_POINTS[config.network]
+    if (directory / "config.json").exists() and read_config(directory)[1] != network_config:
+        raise ValueError(f"{directory} holds a run of a different network; choose another directory")
+
+    keras.utils.set_random_seed(config.seed)
+    network = build_network(network_config, config.height, config.width)
+    interpolator = Interpolator(network, network_config)
+    outputs = output_levels(network_config)
+    interpolator.compile(
+        optimizer=make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay),
+        loss={name: photometric_loss for name in outputs},
+        loss_weights={name: _COARSE_WEIGHT if level else 1.0 for name, level in outputs.items()},
+        metrics={"img_0": psnr},
+        jit_compile=True,
+    )
+    interpolator.optimizer.build(network.trainable_variables)
+    history = directory / "history.csv"
+    done = _epochs_done(history)
+    shape = (config.batch, config.height, config.width, 3)
+    signature = {name: tf.TensorSpec(shape, tf.uint8) for name in ("prev", "middle", "next")}
+
+    # A resumed run must not see the same scenes again.
+    seed = config.seed + done * 104_729
+    videos = [Path(video) for video in config.videos]
+    with triplet_stream(config.scenes(config.textures), videos, config.video(), seed, config.workers) as stream:
+        # The first batch is drawn here, where an unusable file still gives its own error.
+        first = next(stream)
+        write_config(directory, config, network_config)
+        interpolator(first)  # builds it, so that a backup can be restored
+        if not done:
+            initialize_from_data(network, np.concatenate([first["prev"], first["next"]]))
+        held_back = validation_triplets(config)
+        average = tf.image.psnr(plain_average(held_back["prev"], held_back["next"]), held_back["middle"], 255)
+        print(f"validation: averaging the two frames has a PSNR of {float(tf.reduce_mean(average)):.2f} dB")
+        validation = tf.data.Dataset.from_tensor_slices(held_back).batch(config.batch, drop_remainder=True)
+        interpolator.fit(
+            as_training_data(as_dataset(stream, signature), list(outputs)),
+            validation_data=as_training_data(validation, list(outputs)),
+            epochs=-(-config.steps // config.epoch_steps),
+            steps_per_epoch=config.epoch_steps,
+            callbacks=[
+                KeepWeights(network, directory, "val_img_0_loss"),
+                keras.callbacks.CSVLogger(str(history), append=True),
+                keras.callbacks.BackupAndRestore(str(directory / "backup"), delete_checkpoint=False),
+                keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
+            ],
+            verbose=2,
+        )
+    best = directory / "best.weights.h5"
+    return best if best.exists() else directory / "last.weights.h5"

@@ -1,0 +1,271 @@
+"""Supervised training from a config to weights on disk: resumable, logged, validated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from qpwc_core.data.pipeline import Batch, PipelineConfig, validation_samples, worker_batches
+from qpwc_core.data.render import Sample
+from qpwc_core.data.scenes import SceneConfig
+from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.initialization import initialize_from_data
+from qpwc_core.model.layers import normalize
+from qpwc_core.model.network import build_network, full_flow
+from qpwc_core.training.trainer import FlowTrainer, make_optimizer
+
+Builder = Callable[..., keras.Model]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run; written beside its checkpoints as ``config.json``.
+
+    Attributes:
+        network: the operating point's name.
+        height, width, batch: training crops.
+        steps: optimization steps in total; learning_rate reaches its peak after ``warmup`` of them.
+        epoch_steps: steps between validations and backups.
+        textures, validation_textures: archives of ``prepare_textures.py``; None: procedural patterns.
+        motion: range of the scenes' typical motion in pixels. Matching is learned from motion of several
+            cells of the finest level; sub-pixel motion alone teaches a new network to predict none.
+        initial: weights to start from, or None.
+        validation_size, validation_count: the synthetic validation set.
+        workers: rendering processes.
+    """
+
+    network: str = "qpwc_fast"
+    height: int = 192
+    width: int = 256
+    batch: int = 8
+    steps: int = 12_000
+    learning_rate: float = 6e-4
+    weight_decay: float = 1e-5
+    warmup: int = 500
+    epoch_steps: int = 250
+    seed: int = 1
+    textures: str | None = None
+    validation_textures: str | None = None
+    motion: tuple[float, float] = (1.0, 40.0)
+    initial: str | None = None
+    validation_size: tuple[int, int] = (384, 512)
+    validation_count: int = 32
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("steps", 0), ("epoch_steps", 1), ("validation_count", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.motion[0] <= self.motion[1]:
+            raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
+
+    def pipeline(self) -> PipelineConfig:
+        return PipelineConfig(
+            scene=SceneConfig(height=self.height, width=self.width, motion=self.motion),
+            textures=self.textures,
+            batch=self.batch,
+        )
+
+
+def write_config(directory: Path, config, network: NetworkConfig) -> None:
+    """Writes ``config.json``: the run's options and the network's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    values = {"run": dataclasses.asdict(config), "network": dataclasses.asdict(network)}
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def batch_signature(config: TrainConfig) -> dict[str, tf.TensorSpec]:
+    """Shapes and dtypes of a flow batch."""
+    shape = (config.batch, config.height, config.width)
+    return {
+        "prev": tf.TensorSpec((*shape, 3), tf.uint8),
+        "next": tf.TensorSpec((*shape, 3), tf.uint8),
+        "flow": tf.TensorSpec((*shape, 2), tf.float32),
+        "valid": tf.TensorSpec((*shape, 1), tf.float32),
+    }
+
+
+def as_dataset(batches, signature) -> tf.data.Dataset:
+    """A tf.data.Dataset over an iterator of batches."""
+    return tf.data.Dataset.from_generator(lambda: batches, output_signature=signature).prefetch(2)
+
+
+class Predictor:
+    """Full-resolution flow of a network at one image size, for validation."""
+
+    def __init__(self, config: NetworkConfig, height: int, width: int, build: Builder = build_network):
+        self._network = build(config, height, width)
+        finest = f"flow_{config.finest_level}"
+
+        @tf.function(jit_compile=True)
+        def predict(images):
+            return full_flow(self._network(normalize(images), training=False)[finest], height, width)
+
+        self._predict = predict
+
+    def load(self, weights: list[np.ndarray]) -> None:
+        self._network.set_weights(weights)
+
+    def __call__(self, prev: np.ndarray, next_: np.ndarray) -> np.ndarray:
+        """uint8 HxWx3 twice → float32 HxWx2, pixels."""
+        return self._predict(tf.constant(np.stack([prev, next_]))).numpy()[0]
+
+
+def mean_endpoint_error(predict: Callable[[np.ndarray, np.ndarray], np.ndarray], samples: list[Sample]) -> float:
+    """Mean EPE in pixels over all valid pixels of all samples."""
+    errors = []
+    for sample in samples:
+        difference = predict(sample.prev, sample.next) - sample.flow
+        errors.append(np.hypot(difference[..., 0], difference[..., 1])[sample.valid].mean())
+    return float(np.mean(errors))
+
+
+class Validate(keras.callbacks.Callback):
+    """Scores the averaged weights after each epoch, keeps the best, and appends to ``history.csv``."""
+
+    def __init__(
+        self,
+        trainer: FlowTrainer,
+        config: NetworkConfig,
+        samples: list[Sample],
+        directory: Path,
+        build: Builder = build_network,
+    ):
+        super().__init__()
+        self._trainer = trainer
+        self._samples = samples
+        self._directory = directory
+        self._predictor = Predictor(config, *samples[0].flow.shape[:2], build)
+        self.zero_flow = mean_endpoint_error(lambda prev, next_: np.zeros((*prev.shape[:2], 2), np.float32), samples)
+        self._best_path = directory / "best.json"
+
+    def on_epoch_end(self, epoch, logs=None):
+        with self._trainer.averaged():
+            self._predictor.load(self._trainer.network.get_weights())
+            error = mean_endpoint_error(self._predictor, self._samples)
+            if error < self._best():
+                save_weights(self._trainer.network, self._directory / "best.weights.h5")
+                self._best_path.write_text(json.dumps({"epoch": epoch + 1, "validation_epe": error}) + "\n")
+        logs["val_epe"] = error
+        history = self._directory / "history.csv"
+        if not history.exists():
+            history.write_text("step,loss,train_epe,validation_epe,validation_zero_flow,skipped\n")
+        with history.open("a") as file:
+            file.write(
+                f"{int(self._trainer.optimizer.iterations)},{logs['loss']:.5f},{logs['epe']:.4f},{error:.4f},"
+                f"{self.zero_flow:.4f},{int(self._trainer.skipped)}\n"
+            )
+
+    def _best(self) -> float:
+        return json.loads(self._best_path.read_text())["validation_epe"] if self._best_path.exists() else np.inf
+
+
+def save_weights(network: keras.Model, path: Path) -> None:
+    """Writes weights so that a crash leaves the previous file whole."""
+    temporary = path.with_name("writing." + path.name)
+    network.save_weights(temporary)
+    temporary.replace(path)
+
+
+def fit(
+    trainer: FlowTrainer,
+    network_config: NetworkConfig,
+    config: TrainConfig,
+    directory: Path,
+    *,
+    build: Builder = build_network,
+    prepare: Callable[[Batch], None] | None = None,
+) -> Path:
+    """Runs or resumes Keras' loop with validation, backups and TensorBoard; returns the best weights' path.
+
+    Args:
+        build: builds the same kind of network at the validation size.
+        prepare: called with the first batch of a fresh run, before any step.
+    """
+    trainer.compile(
+        optimizer=make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay),
+        jit_compile=True,
+    )
+    trainer.optimizer.build(trainer.network.trainable_variables)
+    samples = validation_samples(*config.validation_size, config.validation_count, config.validation_textures)
+    validate = Validate(trainer, network_config, samples, directory, build)
+    backup = keras.callbacks.BackupAndRestore(str(directory / "backup"), delete_checkpoint=False)
+    board = keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False)
+    history = directory / "history.csv"
+    done = int(history.read_text().strip().splitlines()[-1].split(",")[0]) if history.exists() else 0
+    # A resumed run must not see the same scenes again.
+    with worker_batches(config.pipeline(), config.seed + done * 104_729, config.workers) as stream:
+        first = next(stream)  # unusable textures show here, before the long compilation
+        if prepare and not done:
+            prepare(first)
+            trainer.reset_averages()
+        trainer.fit(
+            as_dataset(stream, batch_signature(config)),
+            epochs=-(-config.steps // config.epoch_steps),
+            steps_per_epoch=config.epoch_steps,
+            callbacks=[validate, backup, board],
+            verbose=2,
+        )
+    with trainer.averaged():
+        save_weights(trainer.network, directory / "last.weights.h5")
+    best = directory / "best.weights.h5"
+    return best if best.exists() else directory / "last.weights.h5"
+
+
+def network_config(name: str) -> NetworkConfig:
+    """The operating point called ``name``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in OPERATING_POINTS:
+        raise ValueError(f"unknown network {name!r}; known: {', '.join(OPERATING_POINTS)}")
+    return OPERATING_POINTS[name]
+
+
+def claim_directory(directory: Path, config, network: NetworkConfig) -> None:
+    """Writes the run's config into its directory.
+
+    Raises:
+        ValueError: the directory holds a run of another network, or a config that cannot be read.
+    """
+    existing = directory / "config.json"
+    if existing.exists():
+        try:
+            before = NetworkConfig.from_mapping(json.loads(existing.read_text())["network"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{existing}: not the config of a training run ({error})") from error
+        if before != network:
+            raise ValueError(f"{directory} holds a run of a different network; choose another directory")
+    write_config(directory, config, network)
+
+
+def train(config: TrainConfig, directory: Path) -> Path:
+    """Trains, or resumes what is in ``directory``; returns the best weights' path.
+
+    Leaves ``config.json``, ``best.weights.h5`` (averaged weights), ``last.weights.h5``, ``history.csv``,
+    TensorBoard logs and a backup of the whole state.
+
+    Raises:
+        ValueError: an unknown network, or ``directory`` holds a run of another network.
+    """
+    point = network_config(config.network)
+    keras.utils.set_random_seed(config.seed)
+    network = build_network(point, config.height, config.width, batch=config.batch)
+    prepare = None
+    if config.initial:
+        network.load_weights(config.initial)
+    else:
+
+        def prepare(batch: Batch) -> None:
+            initialize_from_data(network, np.concatenate([batch["prev"], batch["next"]]))
+
+    # Last: options that do not work must not replace the config of a run that does.
+    claim_directory(directory, config, point)
+    return fit(FlowTrainer(network), point, config, directory, prepare=prepare)

@@ -1,0 +1,27 @@
+"""Command-line options generated from a config dataclass, so that each option stands in one place."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+
+
+def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    """Adds ``--field-name`` for every field of a dataclass; defaults are the dataclass' own."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        choices = [t for t in typing.get_args(kind) if t is not type(None)]
+        options: dict = {"default": field.default, "help": f"default: {field.default}"}
+        if typing.get_origin(kind) is tuple:
+            options.update(type=choices[0], nargs=len(choices))
+        else:
+            options["type"] = choices[0] if choices else kind
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def parse_config(args: argparse.Namespace, config: type):
+    """The dataclass from parsed options."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(config)}
+    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

@@ -1,0 +1,166 @@
+"""The training step: one definition for Keras' loop and for the exported bundle."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator, Mapping
+
+import tensorflow as tf
+import tf_keras as keras
+
+from qpwc_core.model.layers import normalize
+from qpwc_core.training.losses import (
+    downsample_flow,
+    endpoint_error,
+    masked_mean,
+    matching_loss,
+    multiscale_loss,
+)
+
+
+class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up over ``warmup_steps``, then half a cosine down to ``final_fraction`` of the peak.
+
+    (Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.)
+    """
+
+    def __init__(self, peak: float, total_steps: int, warmup_steps: int, final_fraction: float = 0.01):
+        self.peak = peak
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_steps
+        self.final_fraction = final_fraction
+
+    def __call__(self, step) -> tf.Tensor:
+        step = tf.cast(step, tf.float32)
+        warm = (step + 1.0) / max(self.warmup_steps, 1)
+        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
+        cosine = 0.5 * (1.0 + tf.cos(3.14159265 * tf.clip_by_value(progress, 0.0, 1.0)))
+        decayed = self.final_fraction + (1.0 - self.final_fraction) * cosine
+        return self.peak * tf.minimum(warm, decayed)
+
+    def get_config(self):
+        return {
+            "peak": self.peak,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "final_fraction": self.final_fraction,
+        }
+
+
+class FlowTrainer(keras.Model):
+    """Supervised training of a flow network.
+
+    Args:
+        network: what ``build_network`` returns.
+        clip_norm: gradients are scaled so that their global norm stays below this.
+        matching_weight: weight of ``matching_loss``, summed over the levels.
+        average_decay: decay of the exponential moving average of the weights, which is what one ships
+            (Polyak averaging); it ramps up, so that early averages forget the initialization.
+
+    A step whose loss or gradient is not finite changes nothing and is counted in ``skipped``.
+    """
+
+    def __init__(
+        self,
+        network: keras.Model,
+        *,
+        clip_norm: float = 5.0,
+        average_decay: float = 0.999,
+        matching_weight: float = 0.3,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.network = network
+        self.matching_weight = matching_weight
+        self._levels = sorted(int(name.rsplit("_", 1)[1]) for name in network.output)
+        watched = {f"cost_{level}" for level in self._levels} | {f"flow_up_{level}" for level in self._levels[:-1]}
+        self._watched = keras.Model(
+            network.input, {**network.output, **{name: network.get_layer(name).output for name in watched}}
+        )
+        self.clip_norm = clip_norm
+        self.average_decay = average_decay
+        self.averages = [
+            tf.Variable(v, trainable=False, name=f"average_{i}") for i, v in enumerate(network.trainable_variables)
+        ]
+        self.skipped = tf.Variable(0, trainable=False, dtype=tf.int64, name="skipped_steps")
+        self._means = {name: keras.metrics.Mean(name=name) for name in ("loss", "epe", "zero_flow", "matching", "gradient_norm")}
+
+    @property
+    def metrics(self):
+        return list(self._means.values())
+
+    def call(self, inputs, training=False):
+        prev, next_ = inputs
+        return self.network(normalize(tf.concat([prev, next_], axis=0)), training=training)
+
+    def _loss(self, batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        images = normalize(tf.concat([batch["prev"], batch["next"]], axis=0))
+        tensors = self._watched(images, training=True)
+        flows = {f"flow_{level}": tensors[f"flow_{level}"] for level in self._levels}
+        loss, error = multiscale_loss(flows, batch["flow"], batch["valid"])
+        matching = tf.constant(0.0)
+        for level in self._levels if self.matching_weight else ():
+            target, valid = downsample_flow(batch["flow"], batch["valid"], 2**level)
+            residual = target / 2.0**level
+            if level != self._levels[-1]:
+                residual -= tf.stop_gradient(tensors[f"flow_up_{level}"])
+            matching += matching_loss(tensors[f"cost_{level}"], residual, valid)
+        zero = masked_mean(endpoint_error(tf.zeros_like(batch["flow"]), batch["flow"]), batch["valid"])
+        loss += self.matching_weight * matching
+        return {"loss": loss, "epe": error, "zero_flow": zero, "matching": matching}
+
+    def update(self, batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """One optimization step; batch as in ``qpwc_core.data.pipeline.to_batch``."""
+        variables = self.network.trainable_variables
+        with tf.GradientTape() as tape:
+            losses = self._loss(batch)
+        gradients = tape.gradient(losses["loss"], variables)
+        gradients, norm = tf.clip_by_global_norm(gradients, self.clip_norm)
+        finite = tf.math.is_finite(losses["loss"]) & tf.math.is_finite(norm)
+        self._apply_if(finite, gradients, variables)
+        return {**losses, "gradient_norm": norm, "skipped": self.skipped}
+
+    def _apply_if(self, finite: tf.Tensor, gradients, variables) -> None:
+        # Selecting the result instead of branching keeps one straight-line program for every compiler.
+        touched = [*variables, *self.optimizer.variables]
+        before = [tf.identity(v) for v in touched]
+        self.optimizer.apply_gradients(zip(gradients, variables))
+        for variable, old in zip(touched, before):
+            variable.assign(tf.where(finite, variable, old))
+        step = tf.cast(self.optimizer.iterations, tf.float32)
+        decay = tf.minimum(self.average_decay, (1.0 + step) / (10.0 + step))
+        decay = tf.where(finite, decay, 1.0)
+        for average, variable in zip(self.averages, variables):
+            average.assign(average * decay + variable * (1.0 - decay))
+        self.skipped.assign_add(tf.cast(~finite, tf.int64))
+
+    def train_step(self, data):
+        results = self.update(keras.utils.unpack_x_y_sample_weight(data)[0])
+        for name, mean in self._means.items():
+            mean.update_state(results[name])
+        return {**{name: mean.result() for name, mean in self._means.items()}, "skipped": self.skipped}
+
+    def reset_averages(self) -> None:
+        """Makes the averages equal to the weights, after these were set from outside."""
+        for average, variable in zip(self.averages, self.network.trainable_variables):
+            average.assign(variable)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside this ``with`` statement the network has its averaged weights."""
+        variables = self.network.trainable_variables
+        current = [v.numpy() for v in variables]
+        for variable, average in zip(variables, self.averages):
+            variable.assign(average)
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, current):
+                variable.assign(value)
+
+
+def make_optimizer(peak: float, total_steps: int, warmup_steps: int, weight_decay: float) -> keras.optimizers.Optimizer:
+    """AdamW with the one-cycle schedule (Loshchilov and Hutter, "Decoupled Weight Decay", ICLR 2019)."""
+    return keras.optimizers.AdamW(
+        OneCycle(peak, total_steps, warmup_steps), weight_decay=weight_decay, jit_compile=False
+    )

@@ -1,0 +1,1 @@
+"""The ROS 2 side: node `flow`, its plugins, and the replay of recordings."""

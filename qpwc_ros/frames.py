@@ -1,0 +1,148 @@
+"""Frames of the camera, which two of them make a pair, and what is computed for a pair.
+
+A pair's previous frame is the last one that was worked on, so consecutive pairs join without a hole and each
+frame is encoded once, also when the camera is faster than the network and frames in between were skipped.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from qpwc_ros.plugins.base import Estimator
+
+
+class EstimatorFailure(Exception):
+    """The estimator raised, or returned something that is no flow; the text is one line."""
+
+
+class Verdict(enum.Enum):
+    """What a new frame is to the previous one, judged by their stamps."""
+
+    FIRST = "first"
+    PAIR = "pair"
+    PASSED_OVER = "passed over"  # too close by frame_step or min_interval: wait for a later one
+    SAME_STAMP = "same stamp"
+    BACKWARD = "backward"  # time jumped: a looped bag, a restarted simulation
+    GAP = "gap"  # more than max_interval
+
+
+@dataclass(frozen=True)
+class PairingRule:
+    """Which frames pair up. Intervals in seconds; frame_step counts received frames."""
+
+    min_interval: float = 0.0
+    max_interval: float = 1.0
+    frame_step: int = 1
+
+    def judge(self, prev: tuple[int, int] | None, new: tuple[int, int]) -> Verdict:
+        """Judge a new frame against the previous one; each is (stamp in ns, running number)."""
+        if prev is None:
+            return Verdict.FIRST
+        interval, step = new[0] - prev[0], new[1] - prev[1]
+        if interval == 0:
+            return Verdict.SAME_STAMP
+        if interval < 0:
+            return Verdict.BACKWARD
+        if interval > round(self.max_interval * 1e9):
+            return Verdict.GAP
+        if step < self.frame_step or interval < round(self.min_interval * 1e9):
+            return Verdict.PASSED_OVER
+        return Verdict.PAIR
+
+
+@dataclass
+class Frame:
+    """One decoded camera frame.
+
+    Attributes:
+        stamp: header stamp in nanoseconds.
+        number: how many frames had been received before it.
+        frame_id: of the header.
+        rgb: uint8 (H, W, 3).
+        grey: the camera has no colour.
+        encoding: as the message named it.
+    """
+
+    stamp: int
+    number: int
+    frame_id: str
+    rgb: np.ndarray
+    grey: bool = False
+    encoding: str = ""
+    _features: tuple[Estimator, Any] | None = field(default=None, repr=False)
+
+    def features(self, estimator: Estimator) -> Any:
+        """What `estimator` makes of the image; kept for the pair in which this frame comes first."""
+        if self._features is None or self._features[0] is not estimator:
+            self._features = estimator, estimator.encode(self.rgb)
+        return self._features[1]
+
+    def looks_like(self, other: Frame) -> bool:
+        """Whether the two can come from one camera setting, so that flow between them means something."""
+        same_size = self.rgb.shape == other.rgb.shape
+        return same_size and (self.encoding, self.frame_id) == (other.encoding, other.frame_id)
+
+
+class FramePair:
+    """Two frames and what outputs want to know about them; each quantity is computed when first asked for.
+
+    Attributes:
+        prev, next: the frames; prev is the earlier one.
+        camera_info: the camera's sensor_msgs/CameraInfo for images of this size, or None.
+        infer_seconds: time spent in the estimator so far.
+    """
+
+    def __init__(self, prev: Frame, next: Frame, estimator: Estimator, camera_info: Any = None):
+        self.prev = prev
+        self.next = next
+        self.camera_info = camera_info
+        self.infer_seconds = 0.0
+        self._estimator = estimator
+
+    @property
+    def interval(self) -> int:
+        """Nanoseconds between the two stamps."""
+        return self.next.stamp - self.prev.stamp
+
+    @cached_property
+    def flow(self) -> np.ndarray:
+        """float32 (H, W, 2): displacement (dx, dy) in pixels from prev to next, at prev's pixels."""
+        return self._match(self.prev, self.next)
+
+    @cached_property
+    def backward(self) -> np.ndarray:
+        """float32 (H, W, 2): displacement (dx, dy) in pixels from next to prev, at next's pixels."""
+        return self._match(self.next, self.prev)
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """float32 (H, W), 0..1: how well the backward flow leads back to where the flow began."""
+        from qpwc_core.metrics import forward_backward_confidence
+
+        return forward_backward_confidence(self.flow, self.backward)
+
+    def _match(self, first: Frame, second: Frame) -> np.ndarray:
+        start = time.monotonic()
+        try:
+            flow = self._estimator.match(first.features(self._estimator), second.features(self._estimator))
+        except Exception as error:
+            raise EstimatorFailure(one_line(error)) from error
+        finally:
+            self.infer_seconds += time.monotonic() - start
+        expected = (*first.rgb.shape[:2], 2)
+        if not isinstance(flow, np.ndarray) or flow.shape != expected or flow.dtype != np.float32:
+            what = f"{flow.dtype} {flow.shape}" if isinstance(flow, np.ndarray) else type(flow).__name__
+            raise EstimatorFailure(f"the estimator returned {what} instead of float32 {expected}")
+        return flow
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line of text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,591 @@
+"""Lifecycle node `flow`: a camera topic in, optical flow and in-between frames out.
+
+The main thread runs the ROS callbacks, a worker thread the estimator, so parameters, lifecycle and
+diagnostics answer while a pair is being computed. Wishes that come as parameters are not acted upon in the
+parameter callback: the worker compares what it has loaded with what the parameters say before each frame, and
+a timer does the same for the outputs and the camera subscription. So it does not matter in which thread,
+state or order they were changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.clock import Clock, ClockType
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_srvs.srv import Trigger
+
+from qpwc_ros import diagnostics
+from qpwc_ros.codec import MAX_PIXELS
+from qpwc_ros.frames import one_line
+from qpwc_ros.parameters import ParameterError, ParameterSpec, declare
+from qpwc_ros.pipeline import Arrival, Pipeline
+from qpwc_ros.plugins import registry
+from qpwc_ros.plugins.base import Estimator, Output
+from qpwc_ros.plugins.builtin import ESTIMATORS, OUTPUTS
+from qpwc_ros.share import use_large_shared_memory
+from qpwc_ros.statistics import Statistics
+from qpwc_ros.worker import LatestWorker
+
+#: The options every estimator gets; with them, its own parameters.
+ESTIMATOR_PARAMETERS = (
+    ParameterSpec("model", "", "Bundled model by name, or path of a .tflite; empty: the default."),
+    ParameterSpec("precision", "int8", "Which version of a bundled model.", choices=("int8", "float32")),
+    ParameterSpec("threads", 0, "Threads of the estimator; 0: its own choice.", minimum=0, maximum=64),
+)
+
+PARAMETERS = (
+    ParameterSpec("autostart", True, "Configure and activate without being told.", read_only=True),
+    *ESTIMATOR_PARAMETERS,
+    ParameterSpec(
+        "transport",
+        "auto",
+        "Input: raw (image), compressed (image/compressed), or auto: the one published, raw if both are.",
+        choices=("auto", "raw", "compressed"),
+    ),
+    ParameterSpec(
+        "max_pixels", MAX_PIXELS, "Images with more pixels are refused.", minimum=1024, maximum=2**31
+    ),
+    ParameterSpec(
+        "max_interval",
+        1.0,
+        "Seconds between two images over which they make no pair.",
+        minimum=0.001,
+        maximum=3600.0,
+    ),
+    ParameterSpec(
+        "min_interval",
+        0.0,
+        "Seconds that the two images of a pair are at least apart.",
+        minimum=0.0,
+        maximum=3600.0,
+    ),
+    ParameterSpec(
+        "frame_step",
+        1,
+        "Images from one of a pair to the other: 1 pairs neighbours.",
+        minimum=1,
+        maximum=1000,
+    ),
+)
+
+#: Seconds between looks at who listens.
+POLL_PERIOD = 0.1
+DIAGNOSTICS_PERIOD = 1.0
+#: The same kind of problem is logged at most this often (seconds), and colours diagnostics this long.
+LOG_PERIOD = 10.0
+WARN_PERIOD = 5.0
+#: Seconds without an image, while somebody listens, until diagnostics warn.
+SILENCE = 2.0
+#: Seconds given to an inference to finish on deactivate, and when the process ends.
+STOP_TIMEOUT = 30.0
+EXIT_TIMEOUT = 1.0
+
+
+def guarded(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that reports its exceptions instead of raising: one raised in a callback ends spinning."""
+
+    @functools.wraps(callback)
+    def call(self: FlowNode, *args: Any) -> Any:
+        try:
+            return callback(self, *args)
+        except Exception as error:
+            if self.context.ok():
+                self.report("internal_errors", f"{callback.__name__}: {one_line(error)}")
+                self.get_logger().debug(traceback.format_exc())
+            return None
+
+    return call
+
+
+class FlowNode(LifecycleNode):
+    """The node. See docs/ros.md for its topics, parameters and services.
+
+    Args:
+        node_name: its name unless remapped.
+        options: keyword arguments of rclpy's Node.
+
+    Raises:
+        ParameterError: a parameter given at start is impossible.
+    """
+
+    def __init__(self, node_name: str = "flow", **options: Any):
+        super().__init__(node_name, **options)
+        self.state = "unconfigured"
+        self.statistics = Statistics()
+        self._pipeline = Pipeline(self.statistics, self.report, self._parameter)
+        self._worker = LatestWorker(self._work, "qpwc-worker")
+        self._loaded: tuple[str, dict[str, Any]] | None = None
+        self._tried: tuple[str, dict[str, Any]] | None = None
+        self._failure = ""
+        self._last_problem = ("", 0.0)
+        self._last_logged: dict[str, float] = {}
+        self._last_image = 0.0
+        self._camera: tuple[str, Any] | None = None
+        self._camera_info_subscription: Any = None
+
+        self._estimators, self._estimator_errors = self._load_plugins(ESTIMATORS, Estimator)
+        self._outputs, self._output_errors = self._load_plugins(OUTPUTS, Output)
+        self._specs = self._declare_parameters()
+        self.add_on_set_parameters_callback(self._check_parameters)
+
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self.create_service(Trigger, "~/dump_diagnostics", self._dump_diagnostics)
+        # Not the node's clock: with use_sim_time it stands still until somebody publishes /clock.
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(POLL_PERIOD, self._follow_listeners, clock=self._steady)
+        self.create_timer(DIAGNOSTICS_PERIOD, self._publish_diagnostics, clock=self._steady)
+        if self._parameter("autostart"):
+            self._autostart_timer = self.create_timer(0.0, self._autostart, clock=self._steady)
+
+    # Parameters
+
+    def _load_plugins(self, group: str, base: type) -> tuple[dict[str, type], dict[str, str]]:
+        found, errors = {}, {}
+        for name in registry.available(group):
+            try:
+                found[name] = registry.load(group, name, base)
+            except registry.PluginError as error:
+                errors[name] = str(error)
+                self.get_logger().error(str(error))
+        return found, errors
+
+    def _declare_parameters(self) -> dict[str, ParameterSpec]:
+        estimator_names = (*self._estimators, *self._estimator_errors)
+        output_names = (*self._outputs, *self._output_errors)
+        specs = [
+            *PARAMETERS,
+            ParameterSpec("estimator", "tflite", "What computes the flow.", choices=estimator_names),
+            ParameterSpec("outputs", list(output_names), "The outputs to offer.", choices=output_names),
+        ]
+        for plugin in (*self._estimators.values(), *self._outputs.values()):
+            specs.extend(plugin.parameters)
+        for spec in specs:
+            declare(self, spec)
+        return {spec.name: spec for spec in specs}
+
+    def _parameter(self, name: str) -> Any:
+        return self.get_parameter(name).value
+
+    def _check_parameters(self, parameters: list[Any]) -> SetParametersResult:
+        try:
+            new = {parameter.name: parameter.value for parameter in parameters}
+            for name, value in new.items():
+                refusal = self._specs[name].refusal(value) if name in self._specs else None
+                if refusal:
+                    return SetParametersResult(successful=False, reason=refusal)
+            low, high = (new.get(name, self._parameter(name)) for name in ("min_interval", "max_interval"))
+            if low > high:
+                reason = f"min_interval {low:g} would be over max_interval {high:g}: nothing would pair"
+                return SetParametersResult(successful=False, reason=reason)
+            name, options = self._estimator_choice(new)
+            if (name, options) != self._estimator_choice({}):
+                self._estimator_class(name).check(options)
+        except Exception as error:
+            return SetParametersResult(successful=False, reason=one_line(error))
+        return SetParametersResult(successful=True)
+
+    def _estimator_choice(self, new: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        name = new.get("estimator", self._parameter("estimator"))
+        own = self._estimators[name].parameters if name in self._estimators else ()
+        names = [spec.name for spec in (*ESTIMATOR_PARAMETERS, *own)]
+        return name, {key: new.get(key, self._parameter(key)) for key in names}
+
+    def _estimator_class(self, name: str) -> type[Estimator]:
+        if name not in self._estimators:
+            raise registry.PluginError(self._estimator_errors[name])
+        return self._estimators[name]
+
+    # Lifecycle
+
+    def on_configure(self, state: Any) -> TransitionCallbackReturn:
+        """Load the estimator, run it once, advertise the outputs. On failure the node stays unconfigured."""
+        try:
+            self._load_estimator()
+        except Exception as error:
+            self._failure = one_line(error)
+            self.get_logger().error(f"cannot configure: {self._failure}")
+            return TransitionCallbackReturn.FAILURE
+        self._failure = ""
+        self._pipeline.disabled = dict(self._output_errors)
+        self._follow_outputs()
+        self.state = "inactive"
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_activate(self, state: Any) -> TransitionCallbackReturn:
+        """Start the worker; the camera is subscribed to as soon as somebody listens to an output."""
+        self._worker.start()
+        self.state = "active"
+        self._follow_listeners()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_deactivate(self, state: Any) -> TransitionCallbackReturn:
+        """Unsubscribe and stop the worker."""
+        if not self._stop():
+            self.get_logger().error(
+                f"cannot deactivate: the estimator has not finished in {STOP_TIMEOUT:g} s"
+            )
+            return TransitionCallbackReturn.FAILURE
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
+        """Free the estimator and withdraw the outputs."""
+        self._free()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, state: Any) -> TransitionCallbackReturn:
+        """Stop and free everything, from any state."""
+        self._stop()
+        self._free()
+        self.state = "finalized"
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_error(self, state: Any) -> TransitionCallbackReturn:
+        """Back to unconfigured after a transition that raised."""
+        self._failure = self._failure or "a transition failed unexpectedly"
+        self._stop()
+        self._free()
+        return TransitionCallbackReturn.SUCCESS
+
+    @guarded
+    def _autostart(self) -> None:
+        self._autostart_timer.cancel()
+        if self.state == "unconfigured" and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            self.trigger_activate()
+
+    def _stop(self) -> bool:
+        self._unsubscribe()
+        if not self._worker.stop(STOP_TIMEOUT):
+            return False
+        if self.state == "active":
+            self.state = "inactive"
+        self._pipeline.forget()
+        return True
+
+    def _free(self) -> None:
+        for output in self._pipeline.outputs.values():
+            self._close(output)
+        self._pipeline.outputs = {}
+        self._pipeline.disabled = {}
+        self._pipeline.estimator = None
+        self._pipeline.camera_info = None
+        self._loaded = self._tried = None
+        self.state = "unconfigured"
+        gc.collect()
+
+    def close(self) -> bool:
+        """End the worker before the process ends; False if an inference would not finish in time."""
+        self._unsubscribe()
+        return self._worker.stop(EXIT_TIMEOUT)
+
+    # Estimator and outputs follow the parameters
+
+    def _load_estimator(self) -> None:
+        choice = self._estimator_choice({})
+        self._tried = choice
+        start = time.monotonic()
+        estimator = self._estimator_class(choice[0])(choice[1])
+        estimator.warm_up()
+        self._pipeline.estimator, self._loaded = estimator, choice
+        what = ", ".join(f"{key} {value}" for key, value in estimator.describe().items())
+        self.get_logger().info(f"estimator {choice[0]} loaded in {time.monotonic() - start:.2f} s: {what}")
+
+    def _follow_estimator(self) -> None:
+        choice = self._estimator_choice({})
+        if choice == self._tried:
+            return
+        if choice == self._loaded:  # back from one that could not be loaded
+            self._tried, self._failure = choice, ""
+            return
+        try:
+            self._load_estimator()
+            self._failure = ""
+        except Exception as error:
+            self._failure = f"{one_line(error)}; the estimator loaded before goes on"
+            self.get_logger().error(self._failure)
+
+    def _follow_outputs(self) -> None:
+        names = [name for name in self._outputs if name in self._parameter("outputs")]
+        present = self._pipeline.outputs
+        if list(present) == names:
+            return
+        outputs = {}
+        for name in names:
+            output = present.get(name)
+            if output is None:
+                self._pipeline.disabled.pop(name, None)
+                try:
+                    output = self._outputs[name](self)
+                except Exception as error:
+                    self._pipeline.disabled[name] = one_line(error)
+                    self.report("plugins", f"output {name} is disabled: {one_line(error)}")
+                    output = _Absent(self)
+            outputs[name] = output
+        self._pipeline.outputs = outputs
+        for name, output in present.items():
+            if name not in outputs:
+                self._pipeline.disabled.pop(name, None)
+                self._close(output)
+
+    def _close(self, output: Output) -> None:
+        try:
+            output.close()
+        except Exception as error:
+            self.report("plugins", f"an output cannot be closed: {one_line(error)}")
+
+    # Input
+
+    @guarded
+    def _follow_listeners(self) -> None:
+        if self.state == "inactive":
+            self._follow_outputs()
+        if self.state != "active":
+            return
+        self._follow_outputs()
+        if not self._pipeline.wanted_outputs():
+            self._unsubscribe()
+            return
+        transport = self._pick_transport()
+        if self._camera is None or self._camera[0] != transport:
+            self._unsubscribe_camera()
+            self._camera = transport, self._subscribe_camera(transport)
+            self._last_image = time.monotonic()
+        if self._pipeline.wants_camera_info():
+            if self._camera_info_subscription is None:
+                topic = self._camera_info_topic()
+                self._camera_info_subscription = self._subscribe(CameraInfo, topic, self._on_camera_info)
+        else:
+            self._unsubscribe_camera_info()
+
+    def _image_topic(self, transport: str) -> str:
+        image = self.resolve_topic_name("image")
+        if transport == "raw":
+            return image
+        # Unless it is remapped itself, the compressed topic goes where `image` goes, as in image_transport.
+        return self._unless_remapped("image/compressed", image + "/compressed")
+
+    def _camera_info_topic(self) -> str:
+        # Unless it is remapped itself, beside the image, where every camera driver has it.
+        beside = self.resolve_topic_name("image").rpartition("/")[0] + "/camera_info"
+        return self._unless_remapped("camera_info", beside)
+
+    def _unless_remapped(self, name: str, otherwise: str) -> str:
+        resolved = self.resolve_topic_name(name)
+        return resolved if resolved != self.resolve_topic_name(name, only_expand=True) else otherwise
+
+    def _pick_transport(self) -> str:
+        chosen = self._parameter("transport")
+        if chosen != "auto":
+            return chosen
+        published = [kind for kind in ("raw", "compressed") if self.count_publishers(self._image_topic(kind))]
+        present = self._camera[0] if self._camera else None
+        if present in published:
+            return present  # no change of horses because the other kind appeared too
+        return (published or [present or "raw"])[0]
+
+    def _subscribe_camera(self, transport: str) -> Any:
+        compressed = transport == "compressed"
+        topic = self._image_topic(transport)
+        self.get_logger().info(f"listening to {topic}")
+        callback = functools.partial(self._on_image, compressed)
+        return self._subscribe(CompressedImage if compressed else Image, topic, callback)
+
+    def _subscribe(self, msg_type: type, topic: str, callback: Callable[[Any], None]) -> Any:
+        qos = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+        options = QoSOverridingOptions.with_default_policies()
+        return self.create_subscription(
+            msg_type,
+            topic,
+            callback,
+            qos,
+            qos_overriding_options=options,
+            event_callbacks=self._lost_counter(),
+        )
+
+    def _lost_counter(self) -> Any:
+        try:
+            from rclpy.event_handler import SubscriptionEventCallbacks
+        except ImportError:  # ROS 2 Humble
+            from rclpy.qos_event import SubscriptionEventCallbacks
+        return SubscriptionEventCallbacks(message_lost=self._on_lost)
+
+    @guarded
+    def _on_lost(self, event: Any) -> None:
+        self.statistics.count("lost", max(0, event.total_count_change))
+
+    @guarded
+    def _on_image(self, compressed: bool, msg: Any) -> None:
+        received = self._last_image = time.monotonic()
+        number = self.statistics.count("received") - 1
+        if self._worker.offer(Arrival(msg, compressed, number, received)):
+            self.statistics.count("dropped")
+
+    @guarded
+    def _on_camera_info(self, msg: Any) -> None:
+        self._pipeline.camera_info = msg
+
+    def _unsubscribe(self) -> None:
+        self._unsubscribe_camera()
+        self._unsubscribe_camera_info()
+
+    def _unsubscribe_camera(self) -> None:
+        if self._camera is not None:
+            camera, self._camera = self._camera[1], None
+            self.destroy_subscription(camera)
+            self._pipeline.forget()
+
+    def _unsubscribe_camera_info(self) -> None:
+        if self._camera_info_subscription is not None:
+            subscription, self._camera_info_subscription = self._camera_info_subscription, None
+            self.destroy_subscription(subscription)
+            self._pipeline.camera_info = None
+
+    def _work(self, arrival: Arrival) -> None:
+        if not self.context.ok():
+            return
+        try:
+            self._follow_estimator()
+        except Exception as error:
+            self.report("internal_errors", one_line(error))
+        self._pipeline.process(arrival)
+
+    # Diagnostics
+
+    def report(self, problem: str, text: str) -> None:
+        """Count a problem, show it in diagnostics, and log it unless one of its kind was logged just now."""
+        if not self.context.ok():
+            return  # everything fails while the process ends
+        count = self.statistics.count(problem)
+        now = time.monotonic()
+        self._last_problem = text, now
+        if now - self._last_logged.get(problem, -LOG_PERIOD) >= LOG_PERIOD:
+            self._last_logged[problem] = now
+            self.get_logger().warning(f"{text} ({problem} so far: {count})")
+
+    def _health(self) -> tuple[str, str]:
+        if self._failure:
+            return "error", self._failure
+        # A copy: the worker may add to it meanwhile.
+        disabled = "; ".join(f"{name} ({why})" for name, why in dict(self._pipeline.disabled).items())
+        if disabled:
+            return "warn", f"disabled outputs: {disabled}"
+        text, moment = self._last_problem
+        if text and time.monotonic() - moment < WARN_PERIOD:
+            return "warn", text
+        if self.state != "active":
+            return "ok", self.state
+        camera = self._camera
+        if camera is None:
+            return "ok", "idle: nobody listens"
+        silence = time.monotonic() - self._last_image
+        if silence > SILENCE:
+            topic = self._image_topic(camera[0])
+            publishers = self.count_publishers(topic)
+            return "warn", f"no image on {topic} for {silence:.0f} s ({publishers} publishers)"
+        return "ok", f"{self.statistics.rate():.1f} pairs/s"
+
+    def _diagnostic_values(self) -> dict[str, str]:
+        camera, estimator = self._camera, self._pipeline.estimator
+        values = {"state": self.state, "estimator": self._parameter("estimator") if estimator else ""}
+        values.update({"model": "", "precision": "", "threads": ""})
+        values.update(estimator.describe() if estimator else {})
+        values["input"] = self._image_topic(camera[0]) if camera else ""
+        values["image"] = self._pipeline.source
+        listened = self._pipeline.wanted_outputs() if self.state == "active" else []
+        values["listened_outputs"] = ", ".join(name for name, _ in listened)
+        values["disabled_outputs"] = ", ".join(dict(self._pipeline.disabled))
+        values.update(diagnostics.figures(self.statistics))
+        return values
+
+    @guarded
+    def _publish_diagnostics(self) -> None:
+        level, message = self._health()
+        name = f"{self.get_fully_qualified_name().lstrip('/')}: optical flow"
+        hardware_id = self.resolve_topic_name("image")
+        message = diagnostics.status(name, hardware_id, level, message, self._diagnostic_values())
+        array = DiagnosticArray(status=[message])
+        array.header.stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(array)
+
+    def _dump_diagnostics(self, request: Any, response: Any) -> Any:
+        try:
+            level, message = self._health()
+            values = {"level": level, "message": message, **self._diagnostic_values()}
+            response.success, response.message = True, json.dumps(values)
+        except Exception as error:
+            response.success, response.message = False, one_line(error)
+        return response
+
+
+class _Absent(Output):
+    """Stands where an output could not be made, so that it is not tried again ten times a second."""
+
+    def publish(self, pair: Any) -> None:
+        """Never called: it advertises nothing that anybody could listen to."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; returns the exit code."""
+    use_large_shared_memory()
+    node, initialized = None, False
+    try:
+        rclpy.init(args=args)
+        initialized = True
+        node = FlowNode()
+        _spin(node)
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    except ParameterError as error:
+        print(f"flow: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        # A signal during the start takes the context away from under the constructor.
+        if rclpy.ok() or not initialized:
+            raise
+    finally:
+        # From here on a second Ctrl-C would only interrupt the clean end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        finished = node is None or node.close()
+        if not finished:
+            # Python would tear down the interpreter under a thread that is still computing.
+            sys.stderr.flush()
+            os._exit(0)
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+def _spin(node: FlowNode) -> None:
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    while rclpy.ok():
+        try:
+            executor.spin()
+        except (KeyboardInterrupt, ExternalShutdownException):
+            return
+        except Exception as error:  # of rclpy itself: our callbacks are guarded
+            if not rclpy.ok():
+                return
+            node.report("internal_errors", one_line(error))
+            time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

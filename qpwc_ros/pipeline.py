@@ -1,0 +1,194 @@
+"""From an image message to everything that is published for it; runs in the worker thread, knows no rclpy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qpwc_ros.camera_info import described_size, for_size
+from qpwc_ros.codec import ImageError, decode_compressed, decode_image
+from qpwc_ros.frames import EstimatorFailure, Frame, FramePair, PairingRule, Verdict, one_line
+from qpwc_ros.plugins.base import Estimator, Output
+from qpwc_ros.statistics import Statistics
+
+#: What can go wrong with frames, in the names under which it is counted and reported.
+PROBLEMS = (
+    "malformed",
+    "same_stamp",
+    "time_jumps",
+    "gaps",
+    "source_changes",
+    "estimator_failures",
+    "camera_info_mismatches",
+    "internal_errors",
+)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One received message.
+
+    Attributes:
+        msg: sensor_msgs Image or CompressedImage.
+        compressed: which of the two.
+        number: how many were received before.
+        received: time.monotonic() of its arrival.
+    """
+
+    msg: Any
+    compressed: bool
+    number: int
+    received: float
+
+
+class Pipeline:
+    """Decodes, pairs, and has the outputs publish.
+
+    Args:
+        statistics: where it counts and times.
+        report: called with (problem, text) for what goes wrong; `problem` is one of PROBLEMS or "plugins".
+        parameter: present value of a parameter by name.
+    """
+
+    def __init__(
+        self, statistics: Statistics, report: Callable[[str, str], None], parameter: Callable[[str], Any]
+    ):
+        self.statistics = statistics
+        self.estimator: Estimator | None = None
+        #: Name → output, in the order in which they publish. Replaced as a whole, never changed in place.
+        self.outputs: dict[str, Output] = {}
+        #: Name → reason, for outputs that raised.
+        self.disabled: dict[str, str] = {}
+        #: The camera's latest sensor_msgs/CameraInfo.
+        self.camera_info: Any = None
+        #: Of the last decoded frame, for diagnostics: "640x480 bgr8".
+        self.source = ""
+        self._report = report
+        self._parameter = parameter
+        self._prev: Frame | None = None
+
+    def forget(self) -> None:
+        """Drop the previous frame, and the features it holds."""
+        self._prev = None
+
+    def enabled_outputs(self) -> Iterable[tuple[str, Output]]:
+        """The outputs that have not raised."""
+        return [(name, output) for name, output in self.outputs.items() if name not in self.disabled]
+
+    def wanted_outputs(self) -> list[tuple[str, Output]]:
+        """The outputs that somebody listens to."""
+        return [(name, output) for name, output in self.enabled_outputs() if self._asks(name, output.wanted)]
+
+    def wants_camera_info(self) -> bool:
+        """Whether an output will use the camera's calibration."""
+        return any(self._asks(name, output.wants_camera_info) for name, output in self.enabled_outputs())
+
+    def process(self, arrival: Arrival) -> None:
+        """Work on one message. Never raises: what goes wrong is reported, and the next message is welcome."""
+        try:
+            self._process(arrival)
+        except Exception as error:  # our own mistake must not end the worker
+            self._report("internal_errors", one_line(error))
+
+    def _process(self, arrival: Arrival) -> None:
+        start = time.monotonic()
+        self.statistics.time("wait", start - arrival.received)
+        try:
+            stamp = _stamp_of(arrival.msg)
+            prev = self._prev
+            verdict = self._rule().judge(prev and (prev.stamp, prev.number), (stamp, arrival.number))
+            if verdict is Verdict.PASSED_OVER:
+                self.statistics.count("passed_over")
+                return
+            if verdict is Verdict.SAME_STAMP:
+                self._report("same_stamp", "two images have the same stamp: the later one is ignored")
+                return
+            frame = self._decode(arrival, stamp)
+        except ImageError as error:
+            self._report("malformed", str(error))
+            return
+        decoded = time.monotonic()
+        self.statistics.time("decode", decoded - start)
+        self.source = f"{frame.rgb.shape[1]}x{frame.rgb.shape[0]} {frame.encoding}"
+        # Whatever becomes of this pair, the next one begins here.
+        self._prev = frame
+        if verdict is Verdict.BACKWARD:
+            back = (prev.stamp - stamp) * 1e-9
+            self._report("time_jumps", f"time went back by {back:.3f} s: starting anew")
+        elif verdict is Verdict.GAP:
+            gap = (stamp - prev.stamp) * 1e-9
+            self._report("gaps", f"{gap:.3f} s without images is over max_interval: starting anew")
+        elif verdict is Verdict.PAIR and not frame.looks_like(prev):
+            text = f"images changed from {_looks(prev)} to {_looks(frame)}: starting anew"
+            self._report("source_changes", text)
+        elif verdict is Verdict.PAIR:
+            self._publish(prev, frame, arrival, decoded)
+
+    def _publish(self, prev: Frame, frame: Frame, arrival: Arrival, decoded: float) -> None:
+        wanted = self.wanted_outputs()
+        if not wanted or self.estimator is None:
+            return
+        pair = FramePair(prev, frame, self.estimator, self._camera_info_for(frame))
+        for name, output in wanted:
+            try:
+                output.publish(pair)
+            except EstimatorFailure as error:
+                self._report("estimator_failures", str(error))
+                return
+            except Exception as error:  # a plugin's mistake is its own
+                self._disable(name, output, error)
+        end = time.monotonic()
+        self.statistics.time("infer", pair.infer_seconds)
+        self.statistics.time("publish", end - decoded - pair.infer_seconds)
+        self.statistics.time("latency", end - arrival.received)
+        self.statistics.finish()
+
+    def _rule(self) -> PairingRule:
+        return PairingRule(
+            self._parameter("min_interval"), self._parameter("max_interval"), self._parameter("frame_step")
+        )
+
+    def _decode(self, arrival: Arrival, stamp: int) -> Frame:
+        msg, max_pixels = arrival.msg, self._parameter("max_pixels")
+        decode = decode_compressed if arrival.compressed else decode_image
+        picture = decode(msg, max_pixels=max_pixels)
+        encoding = msg.format if arrival.compressed else msg.encoding
+        return Frame(stamp, arrival.number, msg.header.frame_id, picture.rgb, picture.grey, encoding)
+
+    def _camera_info_for(self, frame: Frame) -> Any:
+        info = self.camera_info
+        if info is None or not self.wants_camera_info():
+            return None
+        height, width = frame.rgb.shape[:2]
+        fitting = for_size(info, width, height)
+        if fitting is None:
+            have = "x".join(map(str, described_size(info)))
+            text = f"camera_info is for {have} images, these are {width}x{height}: not passed on"
+            self._report("camera_info_mismatches", text)
+        return fitting
+
+    def _asks(self, name: str, question: Callable[[], bool]) -> bool:
+        try:
+            return bool(question())
+        except Exception as error:
+            self._disable(name, getattr(question, "__self__", None), error)
+            return False
+
+    def _disable(self, name: str, output: Any, error: Exception) -> None:
+        if self.outputs.get(name) is not output:
+            return  # it was closed meanwhile, which is why it raised
+        self.disabled[name] = one_line(error)
+        self._report("plugins", f"output {name} is disabled: {one_line(error)}")
+
+
+def _stamp_of(msg: Any) -> int:
+    stamp = msg.header.stamp
+    if not 0 <= stamp.nanosec < 1_000_000_000:
+        raise ImageError(f"stamp has {stamp.nanosec} nanoseconds")
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def _looks(frame: Frame) -> str:
+    return f"{frame.rgb.shape[1]}x{frame.rgb.shape[0]} {frame.encoding!r} of {frame.frame_id!r}"

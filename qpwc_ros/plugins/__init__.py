@@ -1,0 +1,1 @@
+"""Estimators and outputs of the node, found through Python entry points."""

@@ -1,0 +1,74 @@
+"""Built-in estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+
+from qpwc_ros.parameters import ParameterSpec
+from qpwc_ros.plugins.base import Estimator
+
+
+class TfliteEstimator(Estimator):
+    """The quantized network of this package, or any .tflite with its interface."""
+
+    def __init__(self, options: Mapping[str, Any]):
+        from qpwc_core import FlowEstimator
+
+        self._estimator = FlowEstimator.load(
+            options["model"] or None, precision=options["precision"], threads=options["threads"] or None
+        )
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        from qpwc_core.runtime.models import default_model, find_model
+
+        find_model(options["model"] or default_model(), options["precision"])
+
+    def encode(self, image: np.ndarray) -> Any:
+        return self._estimator.encode(image)
+
+    def match(self, prev: Any, next: Any) -> np.ndarray:
+        return self._estimator.match(prev, next)
+
+    def describe(self) -> dict[str, str]:
+        info = self._estimator.info
+        return {"model": info.name, "precision": info.precision, "threads": str(self._estimator.threads)}
+
+
+class DisEstimator(Estimator):
+    """OpenCV's Dense Inverse Search (Kroeger et al., 2016): for comparison, and where there is no model.
+
+    `threads` sets OpenCV's number of threads, which is one setting for the whole process.
+    """
+
+    PRESETS: ClassVar[dict[str, int]] = {
+        "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
+        "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
+        "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
+    }
+    parameters = (
+        ParameterSpec(
+            "dis_preset",
+            "medium",
+            "Quality of estimator dis: each costs about four times the one before.",
+            choices=tuple(PRESETS),
+        ),
+    )
+
+    def __init__(self, options: Mapping[str, Any]):
+        self._preset = options["dis_preset"]
+        self._dis = cv2.DISOpticalFlow_create(self.PRESETS[self._preset])
+        cv2.setNumThreads(options["threads"] or -1)
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+    def match(self, prev: np.ndarray, next: np.ndarray) -> np.ndarray:
+        return self._dis.calc(prev, next, None)
+
+    def describe(self) -> dict[str, str]:
+        return {"model": f"dis {self._preset}", "threads": str(cv2.getNumThreads())}

@@ -1,0 +1,389 @@
+"""The live run: frames of a bag played to the node `flow` over DDS at the rate they were recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpwc_core.errors import QpwcError
+from qpwc_ros.replay.bag import IMAGE, Bag, BagError, Frame, raw_stamp_ns, restamp, typestore
+from qpwc_ros.replay.results import FLOW, OUTPUT_TYPES, TIME_REFERENCE, ResultsWriter
+from qpwc_ros.replay.run import Progress, Run, is_held_back
+from qpwc_ros.share import use_large_shared_memory
+
+DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
+DIAGNOSTIC_ERROR = 2  # diagnostic_msgs/DiagnosticStatus.ERROR
+# What the node's diagnostics say of its estimator, in the words that the offline run uses.
+MODEL_FACTS = ("model", "precision", "threads")
+# How long a node may take to load its model and subscribe; to answer the last frame; to stop.
+START_SECONDS = 60.0
+QUIET_SECONDS = 2.0
+STOP_SECONDS = 5.0
+# Messages waiting for the disk. At 640x480 they are 2.5 MB at most, so this bounds memory at about 60 MB.
+QUEUE_LENGTH = 24
+
+
+class LiveError(QpwcError):
+    """The node could not be started or did not answer; one line."""
+
+
+class NodeDied(LiveError):
+    """The node's process ended by itself."""
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """Parameters of a node that is started for the run; None leaves the node's own default."""
+
+    estimator: str | None = None
+    model: str | None = None
+    precision: str | None = None
+    threads: int | None = None
+
+    def arguments(self, max_interval: int) -> list[str]:
+        """As ROS command-line arguments, with the parameter max_interval given in ns."""
+        values = {
+            "max_interval": max_interval / 1e9,
+            "estimator": self.estimator,
+            "model": self.model,
+            "precision": self.precision,
+            "threads": self.threads,
+        }
+        return [
+            argument
+            for name, value in values.items()
+            if value is not None
+            for argument in ("-p", f"{name}:={value}")
+        ]
+
+
+class NodeProcess:
+    """The node `flow` in a process and a namespace of its own; its output goes to `log`."""
+
+    def __init__(self, namespace: str, arguments: list[str], log: Path) -> None:
+        self.log = log
+        environment = dict(os.environ)
+        # The child must find this package also when it is used from a source tree.
+        root = str(Path(__file__).resolve().parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "qpwc_ros.nodes.flow", "--ros-args", "-r", f"__ns:={namespace}"]
+        with log.open("wb") as output:
+            # A session of its own: Ctrl-C is for us, and we stop the node when the last answers are in.
+            self._process = subprocess.Popen(
+                [*command, *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def check(self) -> None:
+        """Raise NodeDied if the process has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise NodeDied(f"the node ended with code {code}: {self.last_line()}")
+
+    def last_line(self) -> str:
+        """The last thing it printed that looks like a reason."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        telling = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+        return (telling or lines or ["it printed nothing"])[-1]
+
+    def usage(self) -> dict[str, str]:
+        """Peak memory and processor time so far, where the system tells."""
+        facts = {}
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+            peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+            facts["node peak memory"] = f"{int(peak) / 1024:.0f} MB"
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks = int(fields[11]) + int(fields[12])
+            facts["node processor time"] = f"{ticks / os.sysconf('SC_CLK_TCK'):.1f} s"
+        return facts
+
+    def stop(self) -> None:
+        """End the process: politely, then not."""
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is not None:
+                return
+            self._process.send_signal(sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+
+
+class _Recorder:
+    """Writes to the results bag in a thread of its own, so that receiving never waits for the disk."""
+
+    def __init__(self, writer: ResultsWriter) -> None:
+        self._writer = writer
+        self._queue: queue.Queue = queue.Queue(QUEUE_LENGTH)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="results", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    job()
+                except BaseException as error:  # handed to the main thread by check()
+                    self._error = error
+
+    def put(self, job: Callable[[], None]) -> None:
+        self._queue.put(job)
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self.check()
+
+
+class _Link:
+    """Our end of the DDS connection: publishes serialized frames, hands on what the node answers."""
+
+    def __init__(
+        self, node: str, image_topic: str, bag: Bag, receive: Callable[[str, float, bytes], None]
+    ) -> None:
+        """Connect.
+
+        Args:
+            receive: called in our thread with (topic of the results bag, monotonic seconds, raw message).
+        """
+        use_large_shared_memory()
+        try:
+            import rclpy
+            from diagnostic_msgs.msg import DiagnosticArray
+            from rclpy.executors import SingleThreadedExecutor
+            from rclpy.qos import QoSProfile, ReliabilityPolicy
+            from rclpy.signals import SignalHandlerOptions
+            from sensor_msgs.msg import CameraInfo, CompressedImage, Image, TimeReference
+        except ImportError as error:
+            raise LiveError(f"a live run needs ROS 2 (without it: --offline): {error}") from error
+        self._context = rclpy.Context()
+        rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
+        self._node = rclpy.create_node(f"replay_{os.getpid()}", context=self._context)
+        qos = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
+        info_topic = (image_topic.removesuffix("/compressed").rsplit("/", 1)[0]) + "/camera_info"
+        self._images = self._node.create_publisher(
+            CompressedImage if bag.compressed else Image, image_topic, qos
+        )
+        self._infos = self._node.create_publisher(CameraInfo, info_topic, qos)
+        classes = {IMAGE: Image, TIME_REFERENCE: TimeReference}
+        self._wanted = []
+        for topic, message_type in OUTPUT_TYPES.items():
+            self._wanted.append(node + topic.removeprefix("/flow"))
+            self._subscribe(classes[message_type], self._wanted[-1], topic, qos, receive)
+        self._subscribe(DiagnosticArray, "/diagnostics", DIAGNOSTICS, qos, receive)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self._node)
+        self._thread = threading.Thread(target=self._spin, name="replay", daemon=True)
+        self._thread.start()
+
+    def _subscribe(self, message_class, name: str, topic: str, qos, receive) -> None:
+        def received(raw: bytes) -> None:
+            receive(topic, time.monotonic(), raw)
+
+        self._node.create_subscription(message_class, name, received, qos, raw=True)
+
+    def _spin(self) -> None:
+        from rclpy.executors import ExternalShutdownException
+
+        with contextlib.suppress(ExternalShutdownException):
+            self._executor.spin()
+
+    def ready(self) -> bool:
+        """Whether the node listens to our frames and we to all that it publishes."""
+        return self._images.get_subscription_count() > 0 and all(
+            self._node.count_publishers(topic) > 0 for topic in self._wanted
+        )
+
+    def publish(self, frame: Frame) -> None:
+        """Send a frame, and its camera info before it."""
+        if frame.info is not None:
+            self._infos.publish(restamp(frame.info, frame.stamp))
+        self._images.publish(frame.raw)
+
+    def close(self) -> None:
+        """Leave the DDS network."""
+        self._executor.shutdown()
+        self._thread.join(STOP_SECONDS)
+        self._node.destroy_node()
+        self._context.try_shutdown()
+
+
+class _Answers:
+    """What the node has answered so far, by stamp; filled from the receiving thread."""
+
+    def __init__(self, node: str, run: Run, recorder: _Recorder, writer: ResultsWriter) -> None:
+        self._node = node
+        self.sent: dict[int, float] = {}
+        self.failure: str | None = None  # what the node says is wrong with it
+        self.last_heard = time.monotonic()
+        self._run = run
+        self._recorder = recorder
+        self._writer = writer
+        self._store = typestore()
+
+    def receive(self, topic: str, now: float, raw: bytes) -> None:
+        """Take one serialized message that arrived at `now` (monotonic seconds)."""
+        if topic == DIAGNOSTICS:
+            self._diagnostics(raw)
+            return
+        stamp = raw_stamp_ns(raw)
+        if topic == FLOW:
+            if stamp not in self.sent:
+                return  # an answer to somebody else's frame, where the node is not ours alone
+            self._run.latency[stamp] = now - self.sent[stamp]
+            self._run.last = now
+        self.last_heard = now
+        self._recorder.put(lambda: self._writer.write(topic, OUTPUT_TYPES[topic], stamp, raw))
+
+    def _diagnostics(self, raw: bytes) -> None:
+        for status in self._store.deserialize_cdr(raw, DIAGNOSTICS).status:
+            if status.name.split(":")[0] == self._node.lstrip("/"):
+                self.failure = status.message if status.level == DIAGNOSTIC_ERROR else None
+                self._run.diagnostics["status"] = status.message
+                self._run.diagnostics.update({item.key: item.value for item in status.values})
+
+
+def run_live(
+    bag: Bag,
+    writer: ResultsWriter,
+    *,
+    log: Path,
+    options: NodeOptions,
+    running_node: str | None = None,
+    image_topic: str | None = None,
+    hold_back: bool,
+    max_interval: int,
+    rate: float = 1.0,
+    progress: Progress = lambda: None,
+) -> Run:
+    """Play the bag to a node and write what it answers.
+
+    Args:
+        log: where the output of a node started here goes.
+        running_node: full name of a node that runs already, such as "/flow"; by default one is started.
+        image_topic: the topic this node takes frames from; by default `image` (or `image/compressed`) in the
+            node's namespace.
+        max_interval: ns; two frames further apart make no pair (a running node goes by its own parameter).
+        rate: 2.0 plays twice as fast as recorded.
+
+    Returns:
+        The run; Ctrl-C, a damaged bag and a node that dies part way end it early, with what was seen.
+
+    Raises:
+        LiveError: no ROS 2 here, or the node does not come up.
+        OSError: the results cannot be written.
+    """
+    namespace = f"/replay_{os.getpid()}"
+    node_name = running_node or f"{namespace}/flow"
+    if image_topic is None:
+        image_topic = node_name.rsplit("/", 1)[0] + "/image" + ("/compressed" if bag.compressed else "")
+    if running_node is None:
+        # Our node and we are on one machine; others on the network are neither seen nor disturbed.
+        os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    run = Run("live", max_interval)
+    recorder = _Recorder(writer)
+    answers = _Answers(node_name, run, recorder, writer)
+    with contextlib.ExitStack() as stack:
+        stack.callback(recorder.finish)
+        link = _Link(node_name, image_topic, bag, answers.receive)
+        stack.callback(link.close)
+        process = None
+        if running_node is None:
+            process = NodeProcess(namespace, options.arguments(max_interval), log)
+            stack.callback(process.stop)
+        try:
+            _await_node(link, process, answers, node_name, image_topic)
+            _play(bag, link, process, run, answers, recorder, writer, hold_back, rate, progress)
+        except KeyboardInterrupt:
+            run.stopped, run.interrupted = "interrupted", True
+        except BagError as error:
+            run.stopped = str(error)
+        except NodeDied as error:
+            if not run.given:
+                raise
+            run.stopped = str(error)
+        with contextlib.suppress(KeyboardInterrupt, NodeDied):
+            _await_answers(run, answers, process, recorder)
+        if process is not None:
+            run.facts.update(process.usage())
+    run.facts.update({name: run.diagnostics[name] for name in MODEL_FACTS if run.diagnostics.get(name)})
+    return run
+
+
+def _await_node(
+    link: _Link, process: NodeProcess | None, answers: _Answers, node_name: str, image_topic: str
+) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not link.ready():
+        if process is not None:
+            process.check()
+        if answers.failure is not None:
+            raise LiveError(f"the node cannot start: {answers.failure}")
+        if time.monotonic() > deadline:
+            said = f"; it last said: {process.last_line()}" if process is not None else ""
+            raise LiveError(f"no node {node_name} listens on {image_topic} after {START_SECONDS:.0f} s{said}")
+        time.sleep(0.05)
+
+
+def _play(
+    bag: Bag,
+    link: _Link,
+    process: NodeProcess | None,
+    run: Run,
+    answers: _Answers,
+    recorder: _Recorder,
+    writer: ResultsWriter,
+    hold_back: bool,
+    rate: float,
+    progress: Progress,
+) -> None:
+    """Publish each frame when it is due."""
+    begin = first_stamp = None
+    for index, frame in enumerate(bag.frames()):
+        if begin is None:
+            begin, first_stamp = time.monotonic(), frame.stamp
+        delay = begin + (frame.stamp - first_stamp) / 1e9 / rate - time.monotonic()
+        if delay > 0:
+            time.sleep(delay)
+        held_back = is_held_back(index, hold_back)
+        if held_back:
+            run.held_back += 1
+        else:
+            answers.sent[frame.stamp] = now = time.monotonic()
+            link.publish(frame)
+            run.give(frame.stamp, now)
+        recorder.put(lambda frame=frame, held_back=held_back: writer.write_frame(frame, held_back=held_back))
+        recorder.check()
+        if process is not None:
+            process.check()
+        progress()
+
+
+def _await_answers(run: Run, answers: _Answers, process: NodeProcess | None, recorder: _Recorder) -> None:
+    """Return when the last frame is answered, or nothing has come for a while."""
+    start = time.monotonic()
+    last_sent = max(answers.sent, default=None)
+    while time.monotonic() - max(start, answers.last_heard) < QUIET_SECONDS:
+        recorder.check()
+        if process is not None:
+            process.check()
+        if last_sent in run.latency and time.monotonic() - answers.last_heard > 0.3:
+            return  # the flow of the last frame is in, and so are the outputs that follow it
+        time.sleep(0.02)

@@ -1,0 +1,72 @@
+"""A thread that works on the newest item only."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class LatestWorker:
+    """Calls `work(item)` in its own thread for the newest item offered.
+
+    There is no queue: an item that is still waiting when the next one comes is replaced by it, so the delay
+    is bounded by the item being worked on. `work` must not raise.
+
+    Args:
+        work: called with one item at a time.
+        name: of the thread.
+    """
+
+    def __init__(self, work: Callable[[Any], None], name: str = "worker"):
+        self._work = work
+        self._name = name
+        self._condition = threading.Condition()
+        self._item: Any = None
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread. Starting twice is an error."""
+        if self._thread is not None:
+            raise RuntimeError("already started")
+        self._stopping = False
+        # Daemon: a hung driver must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        self._thread.start()
+
+    def offer(self, item: Any) -> bool:
+        """Hand over an item (not None); returns whether it pushed out one that was still waiting."""
+        with self._condition:
+            replaced = self._item is not None
+            self._item = item
+            self._condition.notify()
+        return replaced
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Forget what waits, let the current item finish, end the thread.
+
+        Returns False if the item was not finished within `timeout` seconds; the thread then ends after it.
+        """
+        thread = self._thread
+        if thread is None:
+            return True
+        with self._condition:
+            self._stopping = True
+            self._item = None
+            self._condition.notify()
+        thread.join(timeout)
+        if thread.is_alive():
+            return False
+        self._thread = None
+        return True
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while self._item is None and not self._stopping:
+                    self._condition.wait()
+                if self._stopping:
+                    return
+                item, self._item = self._item, None
+            self._work(item)

@@ -1,0 +1,62 @@
+"""An output that is useful, one that is broken, and an estimator that takes its time."""
+
+from __future__ import annotations
+
+import time
+
+from geometry_msgs.msg import Vector3Stamped
+
+from qpwc_ros.parameters import ParameterSpec
+from qpwc_ros.plugins.base import Output
+from qpwc_ros.plugins.estimators import DisEstimator
+
+
+class MeanVelocityOutput(Output):
+    """~/mean_velocity: mean image velocity in pixels per second, times parameter mean_velocity_scale."""
+
+    parameters = (
+        ParameterSpec(
+            "mean_velocity_scale", 1.0, "Factor of ~/mean_velocity.", minimum=-100.0, maximum=100.0
+        ),
+    )
+
+    def __init__(self, node):
+        super().__init__(node)
+        self._velocity = self.advertise(Vector3Stamped, "~/mean_velocity")
+
+    def publish(self, pair):
+        scale = self.parameter("mean_velocity_scale") / (pair.interval * 1e-9)
+        msg = Vector3Stamped()
+        msg.header.frame_id = pair.next.frame_id
+        msg.header.stamp.sec, msg.header.stamp.nanosec = divmod(pair.next.stamp, 1_000_000_000)
+        msg.vector.x, msg.vector.y = (float(mean) * scale for mean in pair.flow.mean(axis=(0, 1)))
+        self._velocity.publish(msg)
+
+
+class FaultyOutput(Output):
+    """~/faulty: always wanted, raises on its third pair."""
+
+    def __init__(self, node):
+        super().__init__(node)
+        self._seen = 0
+
+    def wanted(self):
+        return True
+
+    def publish(self, pair):
+        self._seen += 1
+        if self._seen == 3:
+            raise RuntimeError("the third pair is too much")
+
+
+class SlowEstimator(DisEstimator):
+    """DIS that takes a tenth of a second more for every match."""
+
+    parameters = ()
+
+    def __init__(self, options):
+        super().__init__({**options, "dis_preset": "ultrafast"})
+
+    def match(self, prev, next):
+        time.sleep(0.1)
+        return super().match(prev, next)

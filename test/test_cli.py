@@ -1,0 +1,256 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib import metadata
+
+import numpy as np
+import pytest
+from core_scenes import shifted, texture
+
+from qpwc_core.cli.main import main
+from qpwc_core.flow_color import flow_to_color
+from qpwc_core.flow_io import read_flow
+from qpwc_core.images import read_image, write_image
+from qpwc_core.video import VideoReader, VideoWriter
+
+COMMANDS = ("flow", "interpolate", "video", "models", "bench")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with two images, a.png and b.png."""
+    monkeypatch.chdir(tmp_path)
+    canvas = texture(120, 140)
+    write_image("a.png", shifted(canvas, 0, 0, 80, 96))
+    write_image("b.png", shifted(canvas, 2, 1, 80, 96))
+    return tmp_path
+
+
+@pytest.fixture
+def video(here):
+    """in.mp4, five frames of 96×80 at 10 frames/s."""
+    canvas = texture(120, 140, smoothness=6)
+    with VideoWriter("in.mp4", 10, (96, 80), codec="mp4v") as writer:
+        for i in range(5):
+            writer.write(shifted(canvas, 2 * i, 0, 80, 96))
+    return here / "in.mp4"
+
+
+def fails(capsys, code, *argv):
+    """Runs a command that must fail with this exit code; returns its line."""
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("qpwc: error: ") and err.count("\n") == 1 and err.endswith("\n"), (
+        out,
+        err,
+    )
+    return err
+
+
+@pytest.mark.parametrize("suffix", ["flo", "png", "npy"])
+def test_flow_writes_what_the_estimator_gives(here, estimator, suffix):
+    assert main(["flow", "a.png", "b.png", "-o", f"out.{suffix}", "--color", "color.png"]) == 0
+    expected = estimator(read_image("a.png"), read_image("b.png"))
+    flow, valid = read_flow(f"out.{suffix}")
+    assert valid.all()
+    np.testing.assert_allclose(flow, expected, rtol=0, atol=0.5 / 64 if suffix == "png" else 0)
+    np.testing.assert_array_equal(read_image("color.png"), flow_to_color(expected))
+
+
+def test_flow_can_write_colours_alone(here):
+    assert main(["flow", "a.png", "b.png", "--color", "color.png", "--max-flow", "4", "--threads", "1"]) == 0
+    assert sorted(os.listdir()) == ["a.png", "b.png", "color.png"]
+
+
+def test_interpolate_writes_an_image(here):
+    assert (
+        main(["interpolate", "a.png", "b.png", "-o", "mid.png", "--t", "0.25", "--precision", "float32"]) == 0
+    )
+    assert read_image("mid.png").shape == (80, 96, 3)
+
+
+@pytest.mark.parametrize(
+    "what, width, fps, count",
+    [("color", 96, 10, 4), ("interpolated", 96, 20, 9), ("side-by-side", 288, 10, 4)],
+)
+def test_video_writes_what_is_asked_for(video, capsys, what, width, fps, count):
+    assert main(["video", "in.mp4", "-o", "out.mp4", "--what", what, "--codec", "mp4v"]) == 0
+    assert "5/5" in capsys.readouterr().err  # the progress bar
+    with VideoReader("out.mp4") as out:
+        assert (out.width, out.height, out.fps) == (width, 80, fps)
+        frames = list(out)
+    assert len(frames) == count
+    if what == "interpolated":  # every other frame is one of the input
+        for frame, original in zip(frames[::2], VideoReader("in.mp4")):
+            assert np.abs(frame.astype(int) - original).mean() < 6
+
+
+def test_models_lists_figures(capsys):
+    assert main(["models"]) == 0
+    table = capsys.readouterr().out
+    assert main(["models", "--json"]) == 0
+    infos = json.loads(capsys.readouterr().out)
+    assert {info["precision"] for info in infos} == {"int8", "float32"}
+    assert sum(info["default"] for info in infos) == 1
+    for info in infos:
+        assert os.path.getsize(info["path"]) == info["bytes"]
+        assert info["figures"]
+        line = next(
+            line for line in table.splitlines() if line.startswith(info["name"]) and info["precision"] in line
+        )
+        assert f"{info['width']}x{info['height']}" in line
+
+
+def test_bench_compares_in_one_run(capsys):
+    assert main(["bench", "--size", "64x48", "--repeats", "3", "--threads", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = [result["name"] for result in report["results"]]
+    assert [name.split()[-1] for name in names] == ["int8", "float32", "medium"]
+    assert report["machine"]["threads"] == "1" and report["machine"]["processor"]
+    for result in report["results"]:
+        assert result["median_ms"] >= result["best_ms"] > 0
+        assert result["ratio_to"][result["name"]] == 1
+    assert main(["bench", "--size", "64x48", "--repeats", "2"]) == 0
+    table = capsys.readouterr().out
+    assert "processor" in table and all(name in table for name in names)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    example = text.split("example: ")[1].split()
+    assert example[:2] == ["qpwc", command]
+    assert main([*example[1:], "--no-such-option"]) == 2
+    assert capsys.readouterr().err.startswith("qpwc: error: unrecognized arguments: --no-such-option")
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        ([], "COMMAND"),
+        (["nothing"], "nothing"),
+        (["flow", "a.png"], "NEXT"),
+        (["flow", "a.png", "b.png"], "-o"),
+        (["flow", "a.png", "b.png", "-o", "out.gif"], "out.gif"),
+        (["flow", "a.png", "b.png", "-o", "out.flo", "--color", "out.doc"], "out.doc"),
+        (["flow", "a.png", "b.png", "-o", "a.png"], "a.png"),
+        (["flow", "a.png", "b.png", "-o", "c.png", "--color", "./c.png"], "c.png"),
+        (["flow", "a.png", "b.png", "-o", "out.flo", "--threads", "0"], "threads"),
+        (["flow", "a.png", "b.png", "-o", "out.flo", "--threads", "two"], "two"),
+        (["flow", "a.png", "b.png", "-o", "out.flo", "--precision", "int4"], "int4"),
+        (["interpolate", "a.png", "b.png", "-o", "c.png", "--t", "1"], "'1'"),
+        (["interpolate", "a.png", "b.png", "-o", "c.png", "--t", "nan"], "nan"),
+        (["video", "in.mp4", "-o", "out.txt"], "out.txt"),
+        (["video", "in.mp4", "-o", "in.mp4"], "in.mp4"),
+        (["video", "in.mp4", "-o", "out.mp4", "--what", "nothing"], "nothing"),
+        (["bench", "--size", "640"], "640"),
+        (["bench", "--size", "8x8"], "8x8"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(here, capsys, argv, word):
+    assert word in fails(capsys, 2, *argv)
+    assert sorted(os.listdir()) == ["a.png", "b.png"]
+
+
+def test_bad_input_is_one_line_and_exit_code_1(here, capsys):
+    write_image("small.png", texture(20, 96))
+    write_image("other.png", texture(80, 90))
+    (here / "text.png").write_text("no image")
+    (here / "text.tflite").write_text("no model")
+    before = sorted(os.listdir())
+    for argv, word in [
+        (["none.png", "b.png"], "none.png"),
+        (["a.png", "text.png"], "text.png"),
+        (["small.png", "small.png"], "small.png"),
+        (["a.png", "other.png"], "other.png"),
+        ([".", "b.png"], "."),
+        (["a.png", "b.png", "--model", "none.tflite"], "none.tflite"),
+        (["a.png", "b.png", "--model", "text.tflite"], "text.tflite"),
+        (["a.png", "b.png", "--model", "nothing"], "nothing"),
+    ]:
+        assert word in fails(capsys, 1, "flow", *argv, "-o", "out.flo")
+        assert word in fails(capsys, 1, "interpolate", *argv, "-o", "out.png")
+    assert "none" in fails(capsys, 1, "flow", "a.png", "b.png", "-o", "none/out.flo")
+    assert "text.tflite" in fails(capsys, 1, "bench", "--model", "text.tflite")
+    assert sorted(os.listdir()) == before
+
+
+def test_bad_videos_are_one_line_and_keep_the_old_output(video, capsys):
+    canvas = texture(80, 96)
+    with VideoWriter("one.mp4", 10, (96, 80), codec="mp4v") as writer:
+        writer.write(canvas)
+    with VideoWriter("small.mp4", 10, (96, 20), codec="mp4v") as writer:
+        writer.write(canvas[:20])
+    (video.parent / "text.mp4").write_text("no video")
+    (video.parent / "cut.mp4").write_bytes(video.read_bytes()[:200])
+    (video.parent / "out.mp4").write_bytes(b"precious")
+    before = sorted(os.listdir())
+    for name, word in [("none.mp4", "none.mp4"), ("text.mp4", "text.mp4"), ("cut.mp4", "cut.mp4"),
+                       ("one.mp4", "at least 2"), ("small.mp4", "96x20"), (".", ".")]:  # fmt: skip
+        assert word in fails(capsys, 1, "video", name, "-o", "out.mp4")
+    assert "zzzz" in fails(capsys, 1, "video", "in.mp4", "-o", "out.mp4", "--codec", "zzzz")
+    assert (video.parent / "out.mp4").read_bytes() == b"precious"
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_video_leaves_nothing_behind(here, sent, code):
+    canvas = texture(600, 700, smoothness=6)
+    with VideoWriter("long.mp4", 10, (640, 480), codec="mp4v") as writer:
+        for i in range(300):
+            writer.write(shifted(canvas, i % 20, 0, 480, 640))
+    command = [sys.executable, "-m", "qpwc_core.cli", "video", "long.mp4", "-o", "out.mp4", "--codec", "mp4v"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": _repository()}
+    )
+    shown = b""
+    while shown.count(b"\r") < 3:  # the progress bar has been drawn more than once: frames are being written
+        chunk = process.stderr.read1()
+        assert chunk, shown
+        shown += chunk
+    assert any(name.startswith(".out") for name in os.listdir())
+    process.send_signal(sent)
+    err = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == code and "Traceback" not in err
+    assert sorted(os.listdir()) == ["a.png", "b.png", "long.mp4"]
+
+
+def test_runs_as_a_module_without_being_installed(here):
+    command = [sys.executable, "-m", "qpwc_core.cli", "flow", "none.png", "b.png", "-o", "out.flo"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": _repository()}
+    )
+    assert done.returncode == 1
+    assert done.stderr == "qpwc: error: none.png: No such file or directory\n"
+
+
+def test_other_packages_add_commands(monkeypatch, capsys):
+    """A command of another package runs; one that does not load says so and harms no other."""
+    import qpwc_core.cli.main as program
+
+    entries = [
+        metadata.EntryPoint("listing", "qpwc_core.cli.models", program.COMMAND_GROUP),
+        metadata.EntryPoint("broken", "qpwc_core.no_such_module", program.COMMAND_GROUP),
+    ]
+    installed = metadata.entry_points(group=program.COMMAND_GROUP)
+    monkeypatch.setattr(program.metadata, "entry_points", lambda group: [*installed, *entries])
+    assert main(["listing"]) == 0
+    assert "int8" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert "broken" in capsys.readouterr().out
+    assert "no_such_module" in fails(capsys, 1, "broken", "--whatever")
+
+
+def _repository():
+    import qpwc_core
+
+    return os.path.dirname(os.path.dirname(qpwc_core.__file__))

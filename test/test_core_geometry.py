@@ -1,0 +1,98 @@
+import cv2
+import numpy as np
+import pytest
+from core_scenes import constant_flow, shifted, texture
+
+from qpwc_core.geometry import NetworkFit, resize_flow, warp_image
+
+
+@pytest.mark.parametrize("size", [(40, 80), (10, 20), (31, 17)])
+def test_resizing_flow_rescales_its_vectors(size):
+    resized = resize_flow(constant_flow(20, 40, 8, -4), *size)
+    assert resized.dtype == np.float32 and resized.shape == (*size, 2)
+    np.testing.assert_allclose(resized, constant_flow(*size, 8 * size[1] / 40, -4 * size[0] / 20), rtol=1e-6)
+
+
+def test_resizing_flow_uses_half_pixel_centres():
+    """A flow linear in position stays linear in position, away from the border."""
+    x = np.arange(16, dtype=np.float32) + 0.5
+    flow = np.dstack([np.tile(x, (8, 1)), np.zeros((8, 16), np.float32)])
+    resized = resize_flow(flow, 32, 64)
+    expected = (np.arange(64) + 0.5) / 4 * 4  # position in old pixels, times the vectors' scale
+    np.testing.assert_allclose(resized[:, 2:-2, 0], np.tile(expected, (32, 1))[:, 2:-2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_zero_flow_is_the_identity_everywhere(dtype):
+    image = texture(33, 47).astype(dtype)
+    np.testing.assert_array_equal(warp_image(image, np.zeros((33, 47, 2), np.float32)), image)
+
+
+def test_warping_by_whole_pixels_is_exact():
+    canvas = texture(100, 120)
+    prev, next = shifted(canvas, 0, 0, 60, 80), shifted(canvas, 5, -3, 60, 80)
+    warped = warp_image(next, constant_flow(60, 80, 5, -3))
+    np.testing.assert_array_equal(warped[3:, :-5], prev[3:, :-5])
+
+
+def test_warping_by_half_a_pixel_is_the_mean_of_neighbours():
+    image = np.tile(np.arange(20, dtype=np.float32) * 4, (10, 1))
+    np.testing.assert_allclose(
+        warp_image(image, constant_flow(10, 20, 0.5, 0))[:, :-1], image[:, :-1] + 2, atol=1e-4
+    )
+
+
+def test_warping_outside_repeats_the_border():
+    image = texture(32, 32)
+    warped = warp_image(image, constant_flow(32, 32, 1000, 0))
+    np.testing.assert_array_equal(warped, np.repeat(image[:, -1:], 32, axis=1))
+    with pytest.raises(ValueError, match=r"\(32, 32\).*\(8, 8\)"):
+        warp_image(image, np.zeros((8, 8, 2), np.float32))
+
+
+NET = dict(net_height=96, net_width=128, stride=8)
+
+
+@pytest.mark.parametrize(
+    "size", [(96, 128), (192, 256), (32, 32), (33, 400), (720, 1280), (1000, 37), (75, 100)]
+)
+def test_any_image_fits_with_its_aspect(size):
+    fit = NetworkFit(*size, **NET)
+    height, width = fit.content_size
+    assert height % 8 == width % 8 == 0
+    assert 8 <= height <= 96 and 8 <= width <= 128 and (height == 96 or width == 128)
+    scale = min(96 / size[0], 128 / size[1])
+    assert abs(height - size[0] * scale) <= 8 and abs(width - size[1] * scale) <= 8
+    assert fit.to_network(texture(*size)).shape == (96, 128, 3)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (192, 256), (32, 32), (33, 400), (1000, 37)])
+def test_constant_motion_survives_the_way_there_and_back(size):
+    """A network that sees every pixel move by a given part of its content returns that motion, rescaled."""
+    fit = NetworkFit(*size, **NET)
+    content_height, content_width = fit.content_size
+    grid = np.full((96 // 8, 128 // 8, 2), 1e6, np.float32)  # what is padding must not leak in
+    grid[: content_height // 8, : content_width // 8] = (content_width / 16, -content_height / 32)
+    flow = fit.to_image(grid)
+    assert flow.dtype == np.float32
+    np.testing.assert_allclose(flow, constant_flow(*size, size[1] / 16, -size[0] / 32), rtol=1e-5)
+
+
+def test_padding_repeats_the_border():
+    image = texture(48, 128)
+    padded = NetworkFit(48, 128, **NET).to_network(image)
+    np.testing.assert_array_equal(padded[:48], image)
+    np.testing.assert_array_equal(padded[48:], np.repeat(image[-1:], 48, axis=0))
+
+
+def test_large_images_are_averaged_down():
+    image = texture(192, 256, smoothness=0.5)
+    mean = image.reshape(96, 2, 128, 2, 3).astype(np.float32).mean((1, 3))
+    assert np.abs(NetworkFit(192, 256, **NET).to_network(image) - mean).max() <= 0.51
+
+
+def test_flow_is_upsampled_bilinearly():
+    grid = np.random.default_rng(0).normal(size=(12, 16, 2)).astype(np.float32)
+    np.testing.assert_array_equal(
+        NetworkFit(96, 128, **NET).to_image(grid), cv2.resize(grid, (128, 96), interpolation=cv2.INTER_LINEAR)
+    )

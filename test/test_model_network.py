@@ -1,0 +1,190 @@
+"""The flow network: its configuration, shapes, weights and initialization."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from training_parts import DEEP, SHALLOW, pairs, tf
+
+import tf_keras as keras
+
+from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.initialization import initialize_from_data
+from qpwc_core.model.layers import normalize
+from qpwc_core.model.network import build_network, feature_layers, full_flow
+
+
+def run(network: keras.Model, images: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: flow.numpy() for name, flow in network(normalize(tf.constant(images)), training=False).items()}
+
+
+@pytest.fixture(scope="module")
+def shallow() -> keras.Model:
+    keras.utils.set_random_seed(1)
+    network = build_network(SHALLOW, 64, 64)
+    initialize_from_data(network, pairs(6, 64, 64))
+    return network
+
+
+# --- Configuration ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"extra_convs": (0, 1)}, "extra_convs needs 5 entries, got 2"),
+        ({"finest_level": 0}, "finest_level must be 1..5, got 0"),
+        ({"finest_level": 6}, "finest_level must be 1..5, got 6"),
+        ({"radii": (4, 4)}, "radii needs 3 entries"),
+        ({"decoder": (64,)}, "at least two entries"),
+        ({"height": 470}, "470x640 is not a multiple of the stride 32"),
+        ({"width": 650}, "480x650 is not a multiple of the stride 32"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        NetworkConfig(**changes)
+
+
+def test_an_unknown_option_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown network option.*finest_levle"):
+        NetworkConfig.from_mapping({"finest_levle": 2})
+
+
+@pytest.mark.parametrize("name", OPERATING_POINTS)
+def test_a_configuration_survives_json(name):
+    """config.json beside a checkpoint is how a run is found to be of the same network."""
+    config = OPERATING_POINTS[name]
+    assert config.name == name
+    assert NetworkConfig.from_mapping(json.loads(config.to_json())) == config
+
+
+def test_levels_and_stride_follow_from_the_pyramid():
+    assert DEEP.levels == (5, 4, 3) and DEEP.stride == 32
+    assert SHALLOW.levels == (3, 2) and SHALLOW.stride == 8
+
+
+# --- Shapes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height, width", [(96, 160), (32, 32)])
+def test_every_level_gives_flow_of_its_size(height, width):
+    """Also for odd multiples of the stride, and where the coarsest level is a single cell."""
+    network = build_network(DEEP, height, width)
+    flows = run(network, pairs(2, height, width))
+    assert sorted(flows) == ["flow_3", "flow_4", "flow_5"]
+    for level in (3, 4, 5):
+        flow = flows[f"flow_{level}"]
+        assert flow.shape == (2, height >> level, width >> level, 2) and flow.dtype == np.float32
+        assert np.isfinite(flow).all()
+
+
+@pytest.mark.parametrize("height, width", [(60, 64), (64, 60)])
+def test_a_size_that_is_no_multiple_of_the_stride_is_refused(height, width):
+    with pytest.raises(ValueError, match=f"{height}x{width} is not a multiple of the network's stride 8"):
+        build_network(SHALLOW, height, width)
+
+
+def test_features_are_where_feature_layers_says(shallow):
+    """The export takes the encoder's outputs by these names."""
+    sources = feature_layers(SHALLOW)
+    assert set(sources) == {"context_2", "match_2", "context_3", "match_3"}
+    outputs = {name: shallow.get_layer(layer).output for name, layer in sources.items()}
+    features = keras.Model(shallow.inputs, outputs)(normalize(tf.constant(pairs(1, 64, 64))))
+    for level in SHALLOW.levels:
+        match, context = features[f"match_{level}"].numpy(), features[f"context_{level}"].numpy()
+        assert match.shape == (2, 64 >> level, 64 >> level, SHALLOW.match_channels)
+        np.testing.assert_allclose(np.linalg.norm(match, axis=-1), 1, atol=1e-4)
+        assert context.shape == (2, 64 >> level, 64 >> level, SHALLOW.pyramid[level - 1])
+        assert context.min() >= 0 and context.max() > 0
+
+
+def test_full_flow_is_in_pixels_of_the_image():
+    flow = tf.fill([1, 8, 12, 2], 1.0)
+    np.testing.assert_allclose(full_flow(flow, 64, 96).numpy(), np.full((1, 64, 96, 2), 8.0), atol=1e-5)
+
+
+# --- Behaviour -------------------------------------------------------------------------------------------
+
+
+def test_pairs_of_a_batch_do_not_mix(shallow):
+    """The two frames of pair i are images i and B + i of the stack."""
+    images = pairs(3, 64, 64)
+    together = run(shallow, images)["flow_2"]
+    for index in range(3):
+        alone = run(shallow, images[[index, 3 + index]])["flow_2"]
+        np.testing.assert_allclose(together[index : index + 1], alone, atol=1e-4)
+
+
+def test_the_order_of_the_frames_gives_the_sign_of_the_motion(shallow):
+    """A picture moved right by one cell of the coarsest level matches at dx = +1, the reverse at -1."""
+    cell = 2 ** SHALLOW.levels[0]
+    wide = np.random.default_rng(5).integers(0, 256, (8, 8 + 1, 3)).astype(np.uint8)
+    wide = wide.repeat(cell, axis=0).repeat(cell, axis=1)
+    wide = (wide * np.linspace(0.5, 1, wide.shape[0])[:, None, None]).astype(np.uint8)
+    prev, next_ = wide[:, cell:], wide[:, :-cell]
+    radius = SHALLOW.radii[0]
+    cost = keras.Model(shallow.inputs, shallow.get_layer("cost_3").output)
+    for images, dx in (((prev, next_), 1), ((next_, prev), -1)):
+        values = cost(normalize(tf.constant(np.stack(images)))).numpy()[0, 2:-2, 2:-2]
+        # Untrained features may confuse a cell or two.
+        assert (values.argmax(axis=-1) == radius * (2 * radius + 1) + radius + dx).mean() > 0.7
+
+
+def test_weights_move_between_sizes_and_cost_forms(shallow):
+    """Trained on crops in one form, validated and exported at another size in the other."""
+    weights = shallow.get_weights()
+    other = build_network(SHALLOW, 64, 64, batch=2, cost_form="slices")
+    other.set_weights(weights)
+    images = pairs(2, 64, 64, seed=3)
+    for name, flow in run(shallow, images).items():
+        np.testing.assert_allclose(run(other, images)[name], flow, atol=1e-4)
+    larger = build_network(SHALLOW, 40, 72)
+    larger.set_weights(weights)
+    for mine, theirs in zip(larger.get_weights(), weights):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_another_width_does_not_take_the_weights(shallow):
+    other = build_network(dataclasses.replace(SHALLOW, decoder=(8, 7)), 64, 64)
+    with pytest.raises(ValueError):
+        other.set_weights(shallow.get_weights())
+
+
+# --- Initialization --------------------------------------------------------------------------------------
+
+
+def test_initialization_from_data_whitens_every_convolution():
+    """Mean 0 and variance 1 before the activation, small flow steps, activations as they were."""
+    network = build_network(DEEP, 64, 96)
+    images = pairs(8, 64, 96)
+    initialize_from_data(network, images)
+    convolutions = [
+        layer
+        for layer in network.layers
+        if isinstance(layer, keras.layers.Conv2D) and not layer.name.startswith("project_flow")
+    ]
+    inputs = keras.Model(network.inputs, [layer.input for layer in convolutions])(normalize(tf.constant(images)))
+    for layer, features in zip(convolutions, inputs):
+        values = tf.nn.conv2d(features, layer.kernel, layer.strides, "SAME") + layer.bias
+        mean, deviation = values.numpy().mean(axis=(0, 1, 2)), values.numpy().std(axis=(0, 1, 2))
+        target = 0.05 if layer.name.startswith("flow_step") else 1.0
+        np.testing.assert_allclose(mean, 0, atol=1e-3, err_msg=layer.name)
+        np.testing.assert_allclose(deviation, target, rtol=0.01, err_msg=layer.name)
+        relu = layer.name.startswith(("encoder", "decoder"))
+        assert layer.activation is (keras.activations.relu if relu else keras.activations.linear)
+    # Six steps' worth at most, in pixels of the finest level: no level warps at random.
+    assert np.abs(run(network, images)["flow_3"]).mean() < 1
+
+
+def test_initialization_does_not_amplify_the_flow():
+    """Before training the flow is nearly zero. Were its projection scaled to unit variance there, a flow that
+    spans its input's range would later be a hundred times everything else that the decoder sees."""
+    network = build_network(DEEP, 64, 96)
+    initialize_from_data(network, pairs(8, 64, 96))
+    for level in (3, 4):
+        kernel = network.get_layer(f"project_flow_{level}").kernel.numpy()
+        assert np.abs(kernel).sum(axis=2).max() < 5

@@ -1,0 +1,421 @@
+"""Quantization and export: what is rounded, to which ranges, and what the .tflite files hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_scenes import small_bank
+from training_parts import DEEP, SHALLOW, pairs, tf
+
+pytest.importorskip("tensorflow_model_optimization")
+
+import tf_keras as keras
+
+from qpwc_core import FlowEstimator
+from qpwc_core.data.textures import save_bank
+from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.initialization import initialize_from_data
+from qpwc_core.model.layers import normalize
+from qpwc_core.model.network import build_network, feature_layers
+from qpwc_core.quantization import flatbuffer
+from qpwc_core.quantization.calibration import calibrate, range_variables
+from qpwc_core.quantization.configs import build_quantized_network, load_float_weights, wrapped
+from qpwc_core.quantization.pipeline import QuantizeConfig, find_weights, quantize
+from qpwc_core.runtime.metadata import read_metadata
+
+schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+
+STRIDE = 8
+
+
+def lively_network(config: NetworkConfig, height: int, width: int) -> keras.Model:
+    """A float network with flow of about a pixel: what a freshly initialized one gives would hide errors."""
+    keras.utils.set_random_seed(2)
+    network = build_network(config, height, width, cost_form="slices")
+    initialize_from_data(network, pairs(6, height, width))
+    for layer in network.layers:
+        if layer.name.startswith("flow_step"):
+            layer.set_weights([10 * weight for weight in layer.get_weights()])
+    return network
+
+
+def finest(network: keras.Model, config: NetworkConfig, images: np.ndarray) -> np.ndarray:
+    """The finest flow in pixels of the image."""
+    flow = network(normalize(tf.constant(images)), training=False)[f"flow_{config.finest_level}"]
+    return flow.numpy() * 2**config.finest_level
+
+
+# --- The quantized network -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shallow() -> tuple[keras.Model, keras.Model]:
+    """(float, calibrated) networks with equal weights."""
+    network = lively_network(SHALLOW, SHALLOW.height, SHALLOW.width)
+    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    load_float_weights(quantized, network)
+    calibrate(quantized, [pairs(6, SHALLOW.height, SHALLOW.width)], percentile=100)
+    return network, quantized
+
+
+def test_every_float_weight_is_copied(shallow):
+    network, quantized = shallow
+    copied = {v.name.replace("quant_", ""): v for v in quantized.trainable_variables}
+    assert len(copied) == len(network.trainable_variables)
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            theirs = sorted(quantized.get_layer(layer.name).trainable_variables, key=lambda v: v.shape.rank)
+            for mine, variable in zip(sorted(layer.get_weights(), key=np.ndim), theirs):
+                np.testing.assert_array_equal(variable.numpy(), mine)
+
+
+def test_weights_of_another_network_are_refused(shallow):
+    other = build_network(dataclasses.replace(SHALLOW, decoder=(8, 7)), SHALLOW.height, SHALLOW.width)
+    with pytest.raises(ValueError, match="decoder_3_conv0"):
+        load_float_weights(shallow[1], other)
+
+
+def test_all_but_the_flow_is_rounded(shallow):
+    """The flow, its sums, its upsampling and its last convolution have no range; everything else does."""
+    ranges = range_variables(shallow[1])
+    layers = {layer.name for layer in shallow[1].layers}
+    convolutions = {layer.name for layer in shallow[0].layers if isinstance(layer, keras.layers.Conv2D)}
+    float_convolutions = {name for name in convolutions if name not in ranges}
+    assert float_convolutions == {"flow_step_2", "flow_step_3"}
+    assert not [name for name in ranges if name.startswith(("flow_up", "flow_add"))]
+    assert {"image", "cost_2", "cost_3", "warp_2", "match_2", "match_3", "flow_input_2"} <= set(ranges) & layers
+    assert {"warp_2/weight", "warp_2/sample", "cost_3/product", "cost_3/sum"} <= set(ranges)
+
+
+def test_calibration_sets_every_range(shallow):
+    """No placeholder (-1, 1) is left but where that is the measured or the known range."""
+    for name, variable in range_variables(shallow[1]).items():
+        low, high = variable.numpy()
+        assert low <= 0 < high, name
+        if not name.startswith(("image", "flow_input")):
+            assert (low, high) != (-1.0, 1.0), name
+
+
+def test_ranges_known_beforehand(shallow):
+    ranges = {name: tuple(variable.numpy()) for name, variable in range_variables(shallow[1]).items()}
+    assert ranges["image"] == (-1.0, 127 / 128)
+    assert ranges["flow_input_2"] == (-1.0, 1.0)
+    assert ranges["warp_2/weight"] == (0.0, 1.0)
+
+
+def test_tensors_that_share_a_scale_share_a_range(shallow):
+    """An int8 resize or gather cannot change the scale."""
+    ranges = {name: tuple(variable.numpy()) for name, variable in range_variables(shallow[1]).items()}
+    assert ranges["hidden_up_2"] == ranges["project_hidden_2"]
+    assert ranges["warp_2"] == ranges["warp_2/sample"] == ranges["match_2"]
+    assert ranges["cost_2/sum"] == ranges["cost_2"] and ranges["cost_3/sum"] == ranges["cost_3"]
+
+
+def test_kernel_ranges_are_the_kernels(shallow):
+    """Symmetric and per output channel: a channel of small weights keeps its resolution."""
+    for layer in shallow[1].layers:
+        for weight, _, variables in getattr(layer, "_weight_vars", []):
+            limit = np.abs(weight.numpy()).max(axis=(0, 1, 2))
+            np.testing.assert_allclose(variables["max_var"].numpy(), np.maximum(limit, 1e-6), rtol=1e-6)
+            np.testing.assert_array_equal(variables["min_var"].numpy(), -variables["max_var"].numpy())
+
+
+def test_calibrated_ranges_cover_what_was_seen(shallow):
+    """With percentile 100 a convolution's range is the minimum and maximum of its output."""
+    network, quantized = shallow
+    images = normalize(tf.constant(pairs(6, SHALLOW.height, SHALLOW.width)))
+    for name in ("encoder_1_down", "embed_3", "project_context_3"):
+        output = keras.Model(network.inputs, network.get_layer(name).output)(images).numpy()
+        low, high = range_variables(quantized)[name].numpy()
+        # The quantized network is measured with its kernels rounded.
+        np.testing.assert_allclose([low, high], [min(output.min(), 0), output.max()], atol=0.05 * np.ptp(output))
+
+
+def test_rounding_changes_the_flow_little(shallow):
+    images = pairs(4, SHALLOW.height, SHALLOW.width, seed=9)
+    flow, rounded = (finest(network, SHALLOW, images) for network in shallow)
+    assert np.abs(flow).mean() > 0.5
+    difference = np.abs(flow - rounded)
+    assert 0 < difference.mean() < 0.15 * np.abs(flow).mean()
+
+
+def test_calibration_needs_the_form_that_is_exported(shallow):
+    """As one matrix product the cost volume has no inner tensors to measure."""
+    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="matmul")
+    load_float_weights(quantized, shallow[0])
+    with pytest.raises(ValueError, match="cost_3/product; calibrate in the 'slices' cost form"):
+        calibrate(quantized, [pairs(1, SHALLOW.height, SHALLOW.width)])
+    # A calibrated network's weights, ranges included, do fit: fine-tuning runs in this form.
+    quantized.set_weights(shallow[1].get_weights())
+    for name, variable in range_variables(shallow[1]).items():
+        np.testing.assert_array_equal(range_variables(quantized)[name].numpy(), variable.numpy())
+    assert not any(getattr(wrapped(layer), "observer", None) for layer in quantized.layers)
+
+
+def test_gradients_reach_every_weight_through_the_rounding(shallow):
+    """Fine-tuning with rounding trains all of it."""
+    quantized = shallow[1]
+    with tf.GradientTape() as tape:
+        flows = quantized(normalize(tf.constant(pairs(2, SHALLOW.height, SHALLOW.width))), training=True)
+        loss = tf.add_n([tf.reduce_mean(tf.square(flow)) for flow in flows.values()])
+    for variable, gradient in zip(quantized.trainable_variables, tape.gradient(loss, quantized.trainable_variables)):
+        assert gradient is not None and np.isfinite(gradient.numpy()).all(), variable.name
+        assert np.abs(gradient.numpy()).max() > 0, variable.name
+
+
+# --- The exported files ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Exported:
+    network: keras.Model
+    directory: Path
+    paths: dict[str, Path]
+
+    def model(self, precision: str):
+        return schema.ModelT.InitFromPackedBuf(self.paths[precision].read_bytes(), 0)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Exported:
+    """What training/quantize.py leaves for a narrow network of five levels, calibrated only."""
+    directory = tmp_path_factory.mktemp("quantize")
+    network = lively_network(DEEP, DEEP.height, DEEP.width)
+    network.save_weights(directory / "float.weights.h5")
+    textures = str(directory / "textures.npz")
+    save_bank(Path(textures), small_bank())
+    config = QuantizeConfig(
+        network="deep",
+        weights=str(directory / "float.weights.h5"),
+        textures=textures,
+        validation_textures=textures,
+        calibration_pairs=8,
+        steps=0,
+        height=DEEP.height,
+        width=DEEP.width,
+        validation_size=(DEEP.height, DEEP.width),
+        validation_count=4,
+        workers=0,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OPERATING_POINTS, "deep", DEEP)
+        paths = quantize(config, directory / "run")
+    return Exported(network, directory / "run", paths)
+
+
+TYPES = {value: name for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
+OPERATORS = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
+
+
+def operators(model, subgraph):
+    """(operator's name, its input tensors, its output tensors) for each operator of a subgraph."""
+    for operator in subgraph.operators:
+        code = model.operatorCodes[operator.opcodeIndex]
+        name = OPERATORS[max(code.builtinCode, code.deprecatedBuiltinCode)]
+        inputs = [subgraph.tensors[index] for index in operator.inputs if index >= 0]
+        yield name, inputs, [subgraph.tensors[index] for index in operator.outputs]
+
+
+def signatures(model) -> dict[str, tuple[dict, dict]]:
+    """Signature → (inputs, outputs), each name → (shape, type)."""
+    found = {}
+    for signature in model.signatureDefs:
+        tensors = model.subgraphs[signature.subgraphIndex].tensors
+        found[signature.signatureKey.decode()] = tuple(
+            {
+                entry.name.decode(): (tuple(tensors[entry.tensorIndex].shape), TYPES[tensors[entry.tensorIndex].type])
+                for entry in entries
+            }
+            for entries in (signature.inputs, signature.outputs)
+        )
+    return found
+
+
+@pytest.mark.parametrize("precision, features", [("int8", "INT8"), ("float32", "FLOAT32")])
+def test_signatures_are_the_contract(exported, precision, features):
+    """encode: an image to features; match: the features of two frames to flow in float."""
+    found = signatures(exported.model(precision))
+    assert set(found) == {"encode", "match"}
+    inputs, outputs = found["encode"]
+    assert inputs == {"image": ((1, DEEP.height, DEEP.width, 3), "UINT8")}
+    assert set(outputs) == set(feature_layers(DEEP))
+    assert {kind for _, kind in outputs.values()} == {features}
+    inputs, flow = found["match"]
+    assert flow == {"flow": ((1, DEEP.height // STRIDE, DEEP.width // STRIDE, 2), "FLOAT32")}
+    levels = DEEP.levels
+    assert set(inputs) == {f"{side}_match_{level}" for side in ("prev", "next") for level in levels} | {
+        f"prev_context_{level}" for level in levels
+    }
+    for name, entry in inputs.items():
+        assert entry == outputs[name.partition("_")[2]]
+
+
+def test_features_pass_from_encode_to_match_unchanged(exported):
+    """The same scale and zero point on both sides, so that nothing is computed between them."""
+    model = exported.model("int8")
+    parameters: dict[str, list] = {}
+    for signature in model.signatureDefs:
+        tensors = model.subgraphs[signature.subgraphIndex].tensors
+        entries = signature.outputs if signature.signatureKey == b"encode" else signature.inputs
+        for entry in entries:
+            name = entry.name.decode().removeprefix("prev_").removeprefix("next_")
+            quantization = tensors[entry.tensorIndex].quantization
+            parameters.setdefault(name, []).append((quantization.scale[0], quantization.zeroPoint[0]))
+    for name, values in parameters.items():
+        assert len(values) == (3 if name.startswith("match") else 2)
+        assert len(set(values)) == 1, name
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_metadata_is_what_the_runtime_reads(exported, precision):
+    metadata = read_metadata(exported.paths[precision])
+    figures = metadata.pop("figures")
+    assert metadata == {
+        "format": 1,
+        "name": "deep",
+        "precision": precision,
+        "height": DEEP.height,
+        "width": DEEP.width,
+        "flow_stride": STRIDE,
+        "encode": "encode",
+        "match": "match",
+    }
+    parity = json.loads((exported.directory / "parity.json").read_text())
+    assert figures["EPE synthetic"] == pytest.approx(parity[precision], abs=1e-3)
+    assert figures["EPE zero flow"] == pytest.approx(parity["zero_flow"], abs=1e-3)
+
+
+def test_all_convolutions_are_int8_but_the_flow_steps(exported):
+    model = exported.model("int8")
+    kinds: dict[str, list[str]] = {"INT8": [], "FLOAT32": []}
+    for subgraph in model.subgraphs:
+        for name, inputs, outputs in operators(model, subgraph):
+            if "CONV" in name:
+                kind = TYPES[outputs[0].type]
+                assert TYPES[inputs[0].type] == kind
+                assert TYPES[inputs[1].type] == kind  # no hybrid kernels
+                kinds[kind].append(outputs[0].name.decode())
+    assert len(kinds["FLOAT32"]) == len(DEEP.levels)
+    for level in DEEP.levels:
+        assert any(f"flow_step_{level}" in name for name in kinds["FLOAT32"])
+    convolutions = sum(isinstance(layer, keras.layers.Conv2D) for layer in exported.network.layers)
+    summed = sum(2 * radius + 1 for radius in DEEP.radii)  # the cost volumes' sums over channels
+    assert len(kinds["INT8"]) == convolutions - len(DEEP.levels) + summed
+
+
+def test_only_the_flow_is_float(exported):
+    """Flow, coordinates and bilinear weights have one or two channels; whatever float tensor has more must be
+    what a flow step reads. Encoding has no float tensor at all."""
+    model = exported.model("int8")
+    encode, match = (
+        model.subgraphs[next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey == key)]
+        for key in (b"encode", b"match")
+    )
+    assert "FLOAT32" not in {TYPES[tensor.type] for tensor in encode.tensors}
+    read_by_steps, wide = set(), set()
+    for name, inputs, outputs in operators(model, match):
+        if name == "CONV_2D" and TYPES[outputs[0].type] == "FLOAT32":
+            read_by_steps.add(inputs[0].name)
+        for tensor in outputs:
+            if TYPES[tensor.type] == "FLOAT32" and tensor.shape[-1] > 2:
+                assert name == "DEQUANTIZE", (name, tensor.name)
+                wide.add(tensor.name)
+    assert wide == read_by_steps and len(wide) == len(DEEP.levels)
+
+
+def test_the_float_file_computes_what_tensorflow_does(exported):
+    """Through the estimator that the robot runs, at the network's own size."""
+    estimate = FlowEstimator.load(exported.paths["float32"], threads=1)
+    for seed in (1, 2):
+        images = pairs(1, DEEP.height, DEEP.width, seed)
+        expected = finest(exported.network, DEEP, images)
+        full = tf.image.resize(expected, [DEEP.height, DEEP.width], method="bilinear").numpy()[0]
+        assert np.abs(full).mean() > 0.5
+        np.testing.assert_allclose(estimate(images[0], images[1]), full, atol=1e-3)
+
+
+def test_the_int8_file_computes_what_was_simulated(exported):
+    """Its flow is close to the float flow, and much closer to the simulated rounding."""
+    quantized = build_quantized_network(DEEP, DEEP.height, DEEP.width, cost_form="slices")
+    quantized.load_weights(exported.directory / "calibrated.weights.h5")
+    estimate = FlowEstimator.load(exported.paths["int8"], threads=1)
+    to_float, to_simulated, lengths = [], [], []
+    for seed in (1, 2, 3):
+        images = pairs(1, DEEP.height, DEEP.width, seed)
+        flow = estimate(images[0], images[1])
+        size = [DEEP.height, DEEP.width]
+        float_flow = tf.image.resize(finest(exported.network, DEEP, images), size).numpy()[0]
+        simulated = tf.image.resize(finest(quantized, DEEP, images), size).numpy()[0]
+        to_float.append(np.abs(flow - float_flow).mean())
+        to_simulated.append(np.abs(flow - simulated).mean())
+        lengths.append(np.abs(float_flow).mean())
+    assert np.mean(to_float) < 0.15 * np.mean(lengths)
+    assert np.mean(to_simulated) < 0.1 * np.mean(lengths)
+
+
+def test_the_report_compares_both_files_with_no_flow(exported):
+    parity = json.loads((exported.directory / "parity.json").read_text())
+    assert parity["pairs"] == 4
+    assert parity["ratio"] == pytest.approx(parity["int8"] / parity["float32"])
+    assert 0 < parity["difference"] < 2
+    assert parity["zero_flow"] > 0 and parity["dis_medium"] > 0
+
+
+def test_equal_contents_are_stored_once(exported):
+    """Merging the two signatures' graphs does not double a kernel."""
+    for precision in ("int8", "float32"):
+        contents = [bytes(b.data) for b in exported.model(precision).buffers if b.data is not None and len(b.data)]
+        assert len(contents) == len(set(contents))
+
+
+# --- Merging ---------------------------------------------------------------------------------------------
+
+
+def convert(scale: float, signature: str, directory: Path) -> bytes:
+    module = tf.Module()
+    table = tf.constant(np.arange(4096, dtype=np.float32))
+
+    @tf.function(input_signature=[tf.TensorSpec((4096,), tf.float32, name="x")])
+    def function(x):
+        return {"y": (x + table) * scale}
+
+    tf.saved_model.save(module, str(directory), signatures={signature: function})
+    return tf.lite.TFLiteConverter.from_saved_model(str(directory), signature_keys=[signature]).convert()
+
+
+def test_merged_models_share_buffers_and_both_run(tmp_path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    single = [convert(scale, name, tmp_path / name) for scale, name in ((1.0, "one"), (3.0, "three"))]
+    merged = flatbuffer.merge(single)
+    flatbuffer.set_metadata(merged, {"format": 1, "what": "äöü"})
+    path = tmp_path / "merged.tflite"
+    flatbuffer.write(merged, path)
+    assert path.stat().st_size < 0.7 * sum(map(len, single))
+    assert read_metadata(path) == {"format": 1, "what": "äöü"}
+    flatbuffer.set_figures(path, {"EPE": 1.5})
+    assert read_metadata(path) == {"format": 1, "what": "äöü", "figures": {"EPE": 1.5}}
+
+    interpreter = Interpreter(str(path))
+    x = np.linspace(-1, 1, 4096, dtype=np.float32)
+    for name, scale in (("one", 1.0), ("three", 3.0)):
+        result = interpreter.get_signature_runner(name)(x=x)["y"]
+        np.testing.assert_allclose(result, (x + np.arange(4096)) * scale, rtol=1e-6)
+
+
+# --- What cannot work ------------------------------------------------------------------------------------
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no float weights: looked for .*nowhere.h5; train first"):
+        find_weights(QuantizeConfig(weights=str(tmp_path / "nowhere.h5")))
+
+
+def test_an_unknown_network_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown network 'qpwc_fats'"):
+        quantize(QuantizeConfig(network="qpwc_fats"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

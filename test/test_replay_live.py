@@ -1,0 +1,159 @@
+"""The live run: the real node in a process of its own, over DDS."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from replay_bags import moving_frames, write_bag
+
+pytest.importorskip("rclpy")
+
+from qpwc_ros.replay.results import BETWEEN, COLOR, FLOW, HELD_BACK, INTERVAL, read_pairs  # noqa: E402
+
+pytestmark = pytest.mark.live
+ROOT = Path(__file__).resolve().parents[1]
+DX, DY = 2, 1
+
+
+def environment() -> dict[str, str]:
+    """Of the program: this source tree, and a DDS domain apart from other runs on this machine."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "ROS_DOMAIN_ID": str(101 + os.getpid() % 100)}
+
+
+def heed_ctrl_c() -> None:
+    """In a child: a shell that runs these tests in the background has told its children to ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def program(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "qpwc_core.cli", "replay", *map(str, arguments), "--live"]
+
+
+def replay(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(program(*arguments), env=environment(), capture_output=True, text=True, timeout=150)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_every_pair_is_answered_and_matched_by_stamp(tmp_path, compressed):
+    count = 25
+    topic = "/cam/image_raw/compressed" if compressed else "/cam/image_raw"
+    stamps = write_bag(
+        tmp_path / "bag", moving_frames(count, DX, DY), rate=10, compressed=compressed, topics=(topic,)
+    )
+    out = tmp_path / "out"
+    done = replay(tmp_path / "bag", "--estimator", "dis", "--report", out)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    summary = metrics["summary"]
+    assert (summary["pairs_in"], summary["flows_out"], summary["dropped"]) == (12, 12, 0)
+    # Played at the recorded rate: a frame was given every 200 ms.
+    assert summary["seconds"] == pytest.approx(12 * 0.2, abs=0.4)
+    assert 0 < summary["latency_p50_ms"] < 200
+    assert summary["frames_scored"] == 12
+    assert summary["psnr_mean_db"] > summary["psnr_average_mean_db"] + 5
+    assert metrics["diagnostics"]["estimator"] == "dis"
+
+    pairs = list(read_pairs(out / "results", 10**9))
+    assert [(p.previous_stamp, p.stamp) for p in pairs] == list(zip(stamps[::2], stamps[2::2]))
+    for pair, middle in zip(pairs, stamps[1::2]):
+        assert pair.flow_from == pair.previous_stamp
+        assert [at for at, _ in pair.between] == [at for at, _ in pair.held_back] == [middle]
+        vectors = np.frombuffer(pair.flow.data, "<f4").reshape(120, 160, 2)[16:-16, 16:-16]
+        assert np.abs(np.median(vectors, (0, 1)) - [2 * DX, 2 * DY]).max() < 0.1
+    assert {"pairs in", "flows out", "dropped", "latency p50"} <= {
+        line[:11].rstrip() for line in done.stdout.splitlines()
+    }
+    assert str(out / "report.html") in done.stdout
+
+
+def test_ctrl_c_finishes_the_report(tmp_path):
+    write_bag(tmp_path / "bag", moving_frames(400, 1, 0), rate=10)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        program(tmp_path / "bag", "--estimator", "dis", "--report", out),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while "loaded" not in "".join(p.read_text() for p in tmp_path.glob(".out.*/node.log")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(4)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["ended_early"] == "interrupted"
+    assert 3 <= metrics["summary"]["flows_out"] < 100
+    assert "interrupted" in output
+    assert "Ended early" in (out / "report.html").read_text()
+
+
+def test_a_node_that_cannot_start_is_one_line(tmp_path):
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0))
+    done = replay(tmp_path / "bag", "--model", tmp_path / "no.tflite", "--report", tmp_path / "out")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1 and errors[0].startswith("qpwc: error: ") and "no.tflite" in errors[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["bag"]
+
+
+def test_node_that_dies_leaves_a_report_of_what_came_before(tmp_path):
+    write_bag(tmp_path / "bag", moving_frames(400, 1, 0), rate=10)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        program(tmp_path / "bag", "--estimator", "dis", "--report", out),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while "listening" not in "".join(p.read_text() for p in tmp_path.glob(".out.*/node.log")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(3)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        os.kill(int(children[0]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "the node ended with code -9" in errors and "Traceback" not in errors
+    assert json.loads((out / "metrics.json").read_text())["summary"]["flows_out"] >= 3
+
+
+def test_results_bag_has_the_outputs_under_their_names(tmp_path):
+    from rosbags.rosbag2 import Reader
+
+    write_bag(tmp_path / "bag", moving_frames(9, 1, 0), rate=10)
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out").returncode == 0
+    with Reader(tmp_path / "out" / "results") as reader:
+        kinds = {c.topic: c.msgtype for c in reader.connections}
+    assert kinds == {
+        "/image": "sensor_msgs/msg/Image",
+        HELD_BACK: "sensor_msgs/msg/Image",
+        FLOW: "sensor_msgs/msg/Image",
+        INTERVAL: "sensor_msgs/msg/TimeReference",
+        COLOR: "sensor_msgs/msg/Image",
+        BETWEEN: "sensor_msgs/msg/Image",
+    }

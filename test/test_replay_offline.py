@@ -1,0 +1,296 @@
+"""The offline run, from bag to report, on frames whose motion is known."""
+
+from __future__ import annotations
+
+import argparse
+import html.parser
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from mcap.reader import make_reader
+from mcap_ros2.decoder import DecoderFactory
+from replay_bags import moving_frames, write_bag
+
+from qpwc_core.errors import QpwcError
+from qpwc_ros.plugins.estimators import DisEstimator
+from qpwc_ros.replay import command, evaluate
+from qpwc_ros.replay.bag import Bag
+from qpwc_ros.replay.offline import run_offline
+from qpwc_ros.replay.results import ResultsWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+# Per frame; every second frame is held back, so the flow between those given is twice this.
+DX, DY = 3, -2
+COUNT = 21
+
+
+def replay(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(a) for a in arguments]))
+
+
+@pytest.fixture(scope="module")
+def bag(tmp_path_factory):
+    path = tmp_path_factory.mktemp("replay") / "moving"
+    write_bag(path, moving_frames(COUNT, DX, DY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(bag):
+    out = bag.parent / "report"
+    assert replay(bag, "--estimator", "dis", "--report", out) == 0
+    return out
+
+
+def results_messages(report: Path) -> dict[str, list]:
+    """Every message of the results bag by topic, by the mcap project's own reader."""
+    messages: dict[str, list] = {}
+    with next((report / "results").glob("*.mcap")).open("rb") as stream:
+        reader = make_reader(stream, decoder_factories=[DecoderFactory()])
+        for _, channel, message, decoded in reader.iter_decoded_messages():
+            stamp = decoded.header.stamp.sec * 10**9 + decoded.header.stamp.nanosec
+            assert message.log_time == stamp
+            messages.setdefault(channel.topic, []).append(decoded)
+    return messages
+
+
+def test_results_bag_opens_elsewhere_and_holds_the_true_flow(report):
+    messages = results_messages(report)
+    given, held_back = (COUNT + 1) // 2, COUNT // 2
+    assert {topic: len(items) for topic, items in messages.items()} == {
+        "/image": given,
+        "/held_back": held_back,
+        "/flow/flow": given - 1,
+        "/flow/flow/interval": given - 1,
+        "/flow/flow/color": given - 1,
+        "/flow/interpolated": given - 1,
+    }
+    for flow in messages["/flow/flow"]:
+        assert (flow.encoding, flow.width, flow.height, flow.step) == ("32FC2", 160, 120, 160 * 8)
+        vectors = np.frombuffer(flow.data, "<f4").reshape(120, 160, 2)[16:-16, 16:-16]
+        assert np.abs(np.median(vectors, (0, 1)) - [2 * DX, 2 * DY]).max() < 0.1
+    for interval in messages["/flow/flow/interval"]:
+        at, reference = interval.header.stamp, interval.time_ref
+        assert (at.sec - reference.sec) * 10**9 + at.nanosec - reference.nanosec == 2 * 10**8
+    stamps = [
+        [(m.header.stamp.sec, m.header.stamp.nanosec) for m in messages[t]]
+        for t in ("/held_back", "/flow/interpolated")
+    ]
+    assert stamps[0] == stamps[1]
+
+
+def test_figures_are_right(report):
+    metrics = json.loads((report / "metrics.json").read_text())
+    summary = metrics["summary"]
+    pairs = COUNT // 2
+    assert (summary["pairs_in"], summary["flows_out"], summary["dropped"]) == (pairs, pairs, 0)
+    assert summary["frames_scored"] == len(metrics["pairs"]) == pairs
+    assert summary["motion_p95_px"] == pytest.approx(2 * np.hypot(DX, DY), abs=1.0)
+    assert summary["latency_p50_ms"] > 0 and summary["flows_per_second"] > 0
+    # The flow is known to be right, so the in-between frame must beat the average of its neighbours by far.
+    assert summary["psnr_mean_db"] > summary["psnr_average_mean_db"] + 5
+    frames = moving_frames(COUNT, DX, DY)
+    average = cv2.addWeighted(frames[0], 0.5, frames[2], 0.5, 0)
+    assert metrics["pairs"][0]["psnr_average_db"] == pytest.approx(cv2.PSNR(average, frames[1]), abs=1e-3)
+    assert metrics["ended_early"] is None
+
+
+class Page(html.parser.HTMLParser):
+    """What the tests want to know of a page: ids, links, images, whether all tags are closed."""
+
+    VOID = {"meta", "link", "img", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.images: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values[key] for key in ("src", "href", "srcset", "action", "data") if key in values]
+        if tag == "img":
+            self.images.append(values["src"])
+            assert values["alt"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_report_is_whole_and_self_contained(report):
+    text = (report / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert {"summary", "series", "pairs", "setup"} <= set(page.ids)
+    assert page.links and all(link.startswith("data:") for link in page.links)
+    assert "://" not in text and "@import" not in text and "<script" not in text
+    plots = [i for i in page.images if i.startswith("data:image/svg+xml")]
+    photographs = [i for i in page.images if i.startswith("data:image/jpeg")]
+    assert len(plots) >= 4
+    assert len(photographs) == 6 * 6  # three worst and three typical pairs, of six pictures each
+    assert 'name="viewport"' in text
+    for words in ("Worst: pair", "Typical: pair", "latency p95", "dis medium"):
+        assert words in text
+
+
+def test_video_plays(report):
+    capture = cv2.VideoCapture(str(report / "side_by_side.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10, rel=0.01)  # the bag's own rate
+    frames = []
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    assert len(frames) == 2 * (COUNT // 2)
+    assert frames[0].shape[1] == 3 * 160
+    # Left and right show the same frame first, and then the in-between one only on the right.
+    left, right = frames[0][40:, :160].astype(int), frames[0][40:, 320:].astype(int)
+    moved = frames[1][40:, 320:].astype(int)
+    assert np.abs(left - right).mean() < 3 < np.abs(moved - right).mean()
+
+
+def test_pictures(report):
+    pictures = sorted(report.glob("*.png"))
+    assert [re.sub(r"_\d+", "", p.stem) for p in pictures].count("worst") == 3
+    assert len(pictures) == 6
+    assert all(cv2.imread(str(p)).shape[1] == 3 * 160 for p in [*pictures, report / "overview.jpg"])
+
+
+def test_without_held_back_frames_all_are_paired(bag, tmp_path):
+    out = tmp_path / "out"
+    assert replay(bag, "--estimator", "dis", "--all-frames", "--report", out) == 0
+    summary = json.loads((out / "metrics.json").read_text())["summary"]
+    assert (summary["pairs_in"], summary["flows_out"], summary["frames_scored"]) == (COUNT - 1, COUNT - 1, 0)
+    assert summary["psnr_mean_db"] is None
+    assert summary["motion_p95_px"] == pytest.approx(np.hypot(DX, DY), abs=0.7)
+    assert "Large motion: pair" in (out / "report.html").read_text()
+
+
+def test_a_gap_in_the_recording_is_no_pair(tmp_path):
+    stamps = [10**18 + k * 10**8 + (k >= 8) * 60 * 10**9 for k in range(16)]
+    write_bag(tmp_path / "bag", moving_frames(16, 1, 0), stamps=stamps)
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["summary"]["pairs_in"] == metrics["summary"]["flows_out"] == 3 + 3
+    assert max(p["stamp"] - p["previous_stamp"] for p in metrics["pairs"]) == 2 * 10**8
+
+
+def test_ctrl_c_ends_the_run_with_what_was_done(bag, tmp_path):
+    seen = []
+
+    def interrupt():
+        seen.append(None)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    estimator = DisEstimator({"dis_preset": "medium", "threads": 1})
+    with Bag(bag) as opened, ResultsWriter(tmp_path / "results") as writer:
+        run = run_offline(opened, estimator, writer, hold_back=True, max_interval=10**9, progress=interrupt)
+    assert run.interrupted and run.pairs == run.flows == 4
+    assert len(evaluate.measure(tmp_path / "results", run)) == 4
+
+
+def test_damaged_bag_is_reported_up_to_the_damage(tmp_path, capsys):
+    write_bag(tmp_path / "bag", moving_frames(40, 1, 0))
+    data = next((tmp_path / "bag").glob("*.mcap"))
+    content = bytearray(data.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 300_000] = b"\xff" * 300_000
+    data.write_bytes(content)
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("qpwc: error: ") and "damaged after" in error
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["summary"]["flows_out"] >= 5 and "damaged" in metrics["ended_early"]
+    assert "Ended early" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_bag_of_one_frame_still_gives_a_report(tmp_path):
+    write_bag(tmp_path / "bag", moving_frames(1, 1, 0))
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "No pair was answered." in text and Page(text).open == []
+
+
+def listing(path: Path) -> dict[str, int]:
+    return {str(p.relative_to(path)): p.stat().st_mtime_ns for p in path.rglob("*")}
+
+
+def test_a_later_report_takes_the_place_of_an_earlier_one(bag, tmp_path):
+    out = tmp_path / "out"
+    assert replay(bag, "--estimator", "dis", "--report", out) == 0
+    before = listing(out)
+    with pytest.raises(QpwcError):
+        replay(bag, "--model", tmp_path / "no.tflite", "--report", out)
+    assert listing(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert replay(bag, "--estimator", "dis", "--report", out) == 0
+    assert listing(out).keys() == before.keys() and listing(out) != before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_no_report_is_not_replaced(bag, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(QpwcError, match="no replay report"):
+        replay(bag, "--estimator", "dis", "--report", tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def run_program(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    command_line = [sys.executable, "-m", "qpwc_core.cli", "replay", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        command_line, env=environment, capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def only_line(done: subprocess.CompletedProcess, code: int = 1) -> str:
+    """The error of a program that failed properly: one line, and the exit code."""
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("qpwc: error: "), done.stderr
+    return lines[0]
+
+
+def test_full_disk_is_one_line_and_keeps_the_earlier_report(bag, tmp_path):
+    out = tmp_path / "out"
+    assert replay(bag, "--estimator", "dis", "--report", out) == 0
+    before = listing(out)
+
+    def small_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    done = run_program(bag, "--estimator", "dis", "--report", out, preexec_fn=small_disk)
+    assert str(out) in only_line(done)
+    assert listing(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("case", ["missing bag", "unwritable output", "unknown estimator", "rate offline"])
+def test_bad_input_is_one_line(bag, tmp_path, case):
+    (tmp_path / "file").write_text("")
+    arguments, words = {
+        "missing bag": ((tmp_path / "nothing",), "nothing: no such bag"),
+        "unwritable output": ((bag, "--estimator", "dis", "--report", tmp_path / "file" / "out"), "file"),
+        "unknown estimator": ((bag, "--estimator", "magic", "--report", tmp_path / "out"), "magic"),
+        "rate offline": ((bag, "--rate", "2", "--report", tmp_path / "out"), "--live"),
+    }[case]
+    assert words in only_line(run_program(*arguments), 2 if case == "rate offline" else 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

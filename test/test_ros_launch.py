@@ -1,0 +1,140 @@
+"""flow.launch.py: its description piece by piece, and what it starts, wherever launch and launch_ros are
+installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed")
+launch = pytest.importorskip("launch", reason="launch comes with a ROS installation, not from PyPI")
+launch_ros = pytest.importorskip(
+    "launch_ros", reason="launch_ros comes with a ROS installation, not from PyPI"
+)
+if not hasattr(launch, "LaunchDescription"):
+    pytest.skip("PyPI's package called launch is another thing", allow_module_level=True)
+
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
+from ros_harness import ROOT, SECOND, Client, MovingTexture, image, wait_until
+from sensor_msgs.msg import Image
+
+FILE = ROOT / "launch" / "flow.launch.py"
+
+
+@pytest.fixture(scope="module")
+def module():
+    spec = importlib.util.spec_from_file_location("flow_launch", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_description(module, monkeypatch):
+    for name in ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE", "ROS_DISTRO"):
+        monkeypatch.setenv(name, "")
+    entities = module.generate_launch_description().entities
+    arguments = {e.name: e for e in entities if isinstance(e, DeclareLaunchArgument)}
+    assert set(arguments) == {
+        "image",
+        "camera_info",
+        "namespace",
+        "params_file",
+        "log_level",
+        "model",
+        "precision",
+        "estimator",
+        "threads",
+        "autostart",
+        "interpolation_factor",
+        "use_sim_time",
+    }
+    assert all(argument.description and argument.default_value is not None for argument in arguments.values())
+    context = launch.LaunchContext()
+    (profile,) = [e for e in entities if isinstance(e, SetEnvironmentVariable)]
+    assert context.perform_substitution(profile.name[0]) == "FASTDDS_DEFAULT_PROFILES_FILE"
+    assert context.perform_substitution(profile.value[0]).endswith("config/fastdds.xml")
+    assert len([e for e in entities if isinstance(e, OpaqueFunction)]) == 1
+    monkeypatch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", "/the/users/own.xml")
+    entities = module.generate_launch_description().entities
+    assert not [e for e in entities if isinstance(e, SetEnvironmentVariable)]
+
+
+@pytest.mark.parametrize(
+    "given", [("threads", "two"), ("autostart", "perhaps"), ("interpolation_factor", "2.5")]
+)
+def test_a_value_of_the_wrong_type_is_named(module, given):
+    with pytest.raises(ValueError, match=f"{given[0]}:={given[1]}"):
+        module.parameter_value(*given)
+
+
+def test_what_it_starts(tmp_path):
+    # An installation prefix as colcon lays it out, with only what `ros2 launch` looks at.
+    marker = tmp_path / "share" / "ament_index" / "resource_index" / "packages" / "qpwc_ros"
+    program = tmp_path / "lib" / "qpwc_ros" / "flow"
+    for path in (marker, program):
+        path.parent.mkdir(parents=True)
+    marker.touch()
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom qpwc_ros.nodes.flow import main\nsys.exit(main())\n"
+    )
+    program.chmod(0o755)
+    params = tmp_path / "mine.yaml"
+    params.write_text(
+        "/**:\n  ros__parameters:\n    estimator: tflite\n    max_interval: 3\n    jpeg_quality: 55\n"
+    )
+    arguments = {
+        "image": "/cam/raw",
+        "namespace": "/robot",
+        "params_file": str(params),
+        "estimator": "dis",
+        "threads": "1",
+        "interpolation_factor": "3",
+        "log_level": "warn",
+    }
+    driver = (
+        "import sys; from launch import *; from launch.actions import IncludeLaunchDescription as I\n"
+        "from launch.launch_description_sources import PythonLaunchDescriptionSource as S\n"
+        f"s = LaunchService(); a = {list(arguments.items())!r}\n"
+        f"s.include_launch_description(LaunchDescription([I(S({str(FILE)!r}), launch_arguments=a)]))\n"
+        "sys.exit(s.run())\n"
+    )
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    prefix = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("AMENT_PREFIX_PATH", "")]))
+    env = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "AMENT_PREFIX_PATH": prefix,
+        "ROS_LOG_DIR": str(tmp_path / "log"),
+    }
+    client = Client()
+    with (tmp_path / "out.txt").open("w") as out:
+        process = subprocess.Popen([sys.executable, "-c", driver], env=env, stdout=out, stderr=out)
+    try:
+        scene = MovingTexture()
+        client.publisher("/cam/raw", Image)
+        flow = client.listen("/robot/flow/flow", Image)
+        client.await_ready("/cam/raw", "flow", node="/robot/flow")
+        values = client.dump("/robot/flow")
+        assert (values["estimator"], values["threads"], values["input"]) == ("dis", "1", "/cam/raw")
+        expected = {"interpolation_factor": 3, "jpeg_quality": 55, "max_interval": 3.0, "autostart": True}
+        assert {name: client.get(name, node="/robot/flow") for name in expected} == expected
+        client.play_in_step(
+            "/cam/raw", [image(scene.rgb(k), (1000 + k) * SECOND // 20) for k in range(3)], [flow]
+        )
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        wait_until(lambda: not client.node.count_publishers("/robot/flow/flow"), 5, "node gone")
+        assert "process has finished cleanly" in (tmp_path / "out.txt").read_text()
+    except BaseException:
+        print((tmp_path / "out.txt").read_text())
+        raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+        client.close()

@@ -1,0 +1,249 @@
+"""The node's parts that need no DDS: pairing, worker, statistics, calibration, registry, shipped files."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from qpwc_ros.camera_info import described_size, for_size
+from qpwc_ros.frames import EstimatorFailure, Frame, FramePair, PairingRule, Verdict
+from qpwc_ros.parameters import ParameterSpec
+from qpwc_ros.pipeline import Arrival, Pipeline
+from qpwc_ros.plugins import registry
+from qpwc_ros.plugins.base import Estimator
+from qpwc_ros.plugins.builtin import ENTRY_POINTS, ESTIMATORS
+from qpwc_ros.plugins.estimators import DisEstimator
+from qpwc_ros.share import share_file, use_large_shared_memory
+from qpwc_ros.statistics import Statistics, percentile
+from qpwc_ros.worker import LatestWorker
+
+SECOND = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("rule", "prev", "new", "verdict"),
+    [
+        (PairingRule(), None, (5, 0), Verdict.FIRST),
+        (PairingRule(), (0, 0), (SECOND // 30, 1), Verdict.PAIR),
+        (PairingRule(), (0, 0), (SECOND // 30, 7), Verdict.PAIR),  # frames in between were skipped
+        (PairingRule(), (7, 0), (7, 1), Verdict.SAME_STAMP),
+        (PairingRule(), (7, 0), (6, 1), Verdict.BACKWARD),
+        (PairingRule(), (0, 0), (SECOND, 1), Verdict.PAIR),
+        (PairingRule(), (0, 0), (SECOND + 1, 1), Verdict.GAP),
+        (PairingRule(frame_step=3), (0, 4), (10, 6), Verdict.PASSED_OVER),
+        (PairingRule(frame_step=3), (0, 4), (10, 7), Verdict.PAIR),
+        (PairingRule(frame_step=3), (0, 4), (2 * SECOND, 6), Verdict.GAP),
+        (PairingRule(min_interval=0.1), (0, 0), (SECOND // 10 - 1, 1), Verdict.PASSED_OVER),
+        (PairingRule(min_interval=0.1), (0, 0), (SECOND // 10, 2), Verdict.PAIR),
+    ],
+)
+def test_pairing(rule, prev, new, verdict):
+    assert rule.judge(prev, new) is verdict
+
+
+class CountingEstimator(Estimator):
+    """Flow = difference of mean brightness in x; counts its calls."""
+
+    def __init__(self, options=None):
+        self.encoded = self.matched = 0
+
+    def encode(self, image):
+        self.encoded += 1
+        return image.shape, float(image.mean())
+
+    def match(self, prev, next):
+        self.matched += 1
+        flow = np.zeros((*prev[0][:2], 2), np.float32)
+        flow[..., 0] = next[1] - prev[1]
+        return flow
+
+    def describe(self):
+        return {}
+
+
+def frame(brightness, stamp=0, size=(40, 50)):
+    return Frame(stamp, 0, "camera", np.full((*size, 3), brightness, np.uint8))
+
+
+def test_a_frame_is_encoded_once_for_both_of_its_pairs_and_nothing_unasked_is_computed():
+    estimator = CountingEstimator()
+    frames = [frame(b, b) for b in (10, 30, 60)]
+    first, second = FramePair(*frames[:2], estimator), FramePair(*frames[1:], estimator)
+    assert (estimator.encoded, estimator.matched) == (0, 0)
+    assert first.flow[0, 0, 0] == 20 and second.flow[0, 0, 0] == 30 and second.flow is second.flow
+    assert (estimator.encoded, estimator.matched) == (3, 2)
+    assert second.backward[0, 0, 0] == -30 and (estimator.encoded, estimator.matched) == (3, 3)
+    assert second.interval == 30
+    other = CountingEstimator()
+    assert FramePair(*frames[:2], other).flow[0, 0, 0] == 20 and other.encoded == 2
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (np.zeros((40, 50, 2)), r"float64 \(40, 50, 2\) instead of float32 \(40, 50, 2\)"),
+        (np.zeros((40, 50), np.float32), r"float32 \(40, 50\)"),
+        (None, "NoneType"),
+    ],
+)
+def test_an_estimator_that_returns_no_flow_fails_by_name(result, reason):
+    estimator = CountingEstimator()
+    estimator.match = lambda prev, next: result
+    with pytest.raises(EstimatorFailure, match=reason):
+        _ = FramePair(frame(1), frame(2), estimator).flow
+
+
+def test_the_estimators_failure_is_not_the_outputs():
+    reports = []
+    values = {"min_interval": 0.0, "max_interval": 1.0, "frame_step": 1, "max_pixels": 10_000}
+    pipeline = Pipeline(Statistics(), lambda *what: reports.append(what), values.__getitem__)
+    seen = []
+
+    class Listener:
+        def wanted(self):
+            return True
+
+        def wants_camera_info(self):
+            return False
+
+        def publish(self, pair):
+            seen.append(pair.flow[0, 0, 0])
+
+    class Moody(CountingEstimator):
+        def match(self, prev, next):
+            if self.encoded == 2:
+                raise RuntimeError("out of\nsorts")
+            return super().match(prev, next)
+
+    pipeline.estimator, pipeline.outputs = Moody(), {"listener": Listener()}
+    for k in range(4):
+        stamp = SimpleNamespace(sec=0, nanosec=100 + k)
+        rgb = np.full((40, 50, 3), 10 * k, np.uint8)
+        header = SimpleNamespace(stamp=stamp, frame_id="camera")
+        msg = SimpleNamespace(
+            header=header, height=40, width=50, step=150, encoding="rgb8", is_bigendian=0, data=rgb.tobytes()
+        )
+        pipeline.process(Arrival(msg, False, k, time.monotonic()))
+    assert reports == [("estimator_failures", "RuntimeError: out of sorts")]
+    assert seen == [10, 10] and not pipeline.disabled
+
+
+def test_dis_measures_pixels_from_prev_to_next():
+    rng = np.random.default_rng(0)
+    texture = np.kron(rng.integers(0, 256, (60, 60, 3), np.uint8), np.ones((6, 6, 1), np.uint8))
+    prev, next = texture[50:250, 50:290], texture[47:247, 45:285]  # content moves by (5, 3)
+    dis = DisEstimator({"dis_preset": "medium", "threads": 1})
+    flow = dis.match(dis.encode(prev), dis.encode(next))
+    assert flow.shape == (200, 240, 2) and flow.dtype == np.float32
+    assert np.abs(np.median(flow[20:-20, 20:-20], axis=(0, 1)) - (5, 3)).max() < 0.3
+    assert dis.describe()["threads"] == "1"
+
+
+def test_worker_takes_the_newest_and_says_what_it_pushed_out():
+    began, go, done = threading.Event(), threading.Event(), []
+
+    def work(item):
+        began.set()
+        go.wait(5)
+        done.append(item)
+
+    worker = LatestWorker(work)
+    worker.start()
+    with pytest.raises(RuntimeError):
+        worker.start()
+    assert worker.offer(1) is False and began.wait(5)
+    assert [worker.offer(k) for k in (2, 3, 4)] == [False, True, True]
+    assert worker.stop(timeout=0.01) is False  # still at the first; what waited is forgotten
+    go.set()
+    assert worker.stop(timeout=5) and done == [1]
+    worker.start()
+    worker.offer(5)
+    while len(done) < 2:
+        time.sleep(0.001)
+    assert worker.stop() and done == [1, 5]
+
+
+def test_percentile_is_the_nearest_rank():
+    assert percentile([], 50) is None
+    assert percentile([3.0], 99) == 3.0
+    values = [float(v) for v in range(1, 101)]
+    assert [percentile(values[::-1], p) for p in (1, 50, 95, 99, 100)] == [1.0, 50.0, 95.0, 99.0, 100.0]
+
+
+def test_statistics():
+    statistics = Statistics()
+    assert statistics.rate() == 0.0 and statistics.milliseconds("infer", 50) is None
+    statistics.time("infer", 0.02)
+    assert statistics.milliseconds("infer", 95) == 20.0
+    for _ in range(5):
+        statistics.finish()
+        time.sleep(0.02)
+    assert 20 < statistics.rate() < 50.5
+    assert statistics.counts()["pairs"] == 5 and statistics.counts()["malformed"] == 0
+
+
+def camera_info(**changes):
+    roi = SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0)
+    values = {"width": 640, "height": 480, "binning_x": 0, "binning_y": 0, "roi": roi, "d": [0.1]}
+    values.update(k=[500.0, 0, 320, 0, 510, 240, 0, 0, 1], p=[500.0, 0, 320, -50, 0, 510, 240, 0, 0, 0, 1, 0])
+    return SimpleNamespace(**{**values, **changes})
+
+
+def test_camera_info_for_other_sizes():
+    info = camera_info()
+    assert for_size(info, 640, 480) is info
+    half = for_size(info, 320, 240)
+    assert half.k == [250, 0, 160, 0, 255, 120, 0, 0, 1] and (half.width, half.height) == (320, 240)
+    assert half.p == [250, 0, 160, -25, 0, 255, 120, 0, 0, 0, 1, 0] and half.d == [0.1]
+    assert info.k[0] == 500.0  # the camera's own message is left alone
+    assert for_size(info, 640, 640) is None and for_size(camera_info(width=0), 640, 480) is None
+
+
+def test_camera_info_with_region_and_binning():
+    roi = SimpleNamespace(x_offset=100, y_offset=40, width=400, height=400)
+    info = camera_info(roi=roi, binning_x=2, binning_y=2)
+    assert described_size(info) == (200, 200) and for_size(info, 200, 200) is info
+    out = for_size(info, 100, 100)  # a quarter of the region's 400 pixels
+    assert out.k == [125, 0, 55, 0, 127.5, 50, 0, 0, 1]
+    assert (out.width, out.height, out.binning_x, out.roi.width, out.roi.x_offset) == (100, 100, 0, 0, 0)
+
+
+def test_choices_are_checked_in_lists_too():
+    spec = ParameterSpec("outputs", ["a"], "", choices=("a", "b"))
+    assert spec.refusal(["b", "a"]) is None and spec.refusal([]) is None
+    assert spec.refusal(["a", "c"]) == "outputs: 'c' is not one of a, b"
+
+
+def test_every_built_in_plugin_loads_from_the_source_tree():
+    pytest.importorskip("sensor_msgs.msg", reason="ROS 2 is not installed")
+    from qpwc_ros.plugins.base import Output
+
+    for group, table in ENTRY_POINTS.items():
+        assert list(registry.available(group))[: len(table)] == list(table)
+        for name in table:
+            assert registry.load(group, name, Estimator if group == ESTIMATORS else Output).__doc__
+    with pytest.raises(registry.PluginError, match="no plugin 'nope' .* tflite, dis"):
+        registry.load(ESTIMATORS, "nope", Estimator)
+
+
+def test_the_profile_is_used_unless_the_user_chose_one(monkeypatch, tmp_path):
+    names = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+    monkeypatch.chdir(tmp_path)
+    for name in (*names, "ROS_DISTRO"):
+        monkeypatch.setenv(name, "")
+    use_large_shared_memory()
+    assert os.environ[names[0]] == str(share_file("config/fastdds.xml")) and not os.environ[names[1]]
+    monkeypatch.setenv(names[0], "mine.xml")
+    use_large_shared_memory()
+    assert os.environ[names[0]] == "mine.xml"
+    monkeypatch.setenv(names[0], "")
+    monkeypatch.setenv("ROS_DISTRO", "humble")
+    use_large_shared_memory()
+    assert os.environ[names[1]] and not os.environ[names[0]]
+    with pytest.raises(FileNotFoundError, match="config/none.yaml"):
+        share_file("config/none.yaml")

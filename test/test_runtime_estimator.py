@@ -1,0 +1,187 @@
+import sys
+import threading
+
+import numpy as np
+import pytest
+from core_scenes import constant_flow, shifted, texture
+
+from qpwc_core import FlowEstimator, FrameInterpolator
+from qpwc_core.errors import QpwcError
+from qpwc_core.metrics import epe, psnr
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two images, 240×320, the second moved by (4, -3) pixels."""
+    canvas = texture(280, 360, smoothness=3)
+    return shifted(canvas, 0, 0, 240, 320), shifted(canvas, 4, -3, 240, 320)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 640), (100, 33), (240, 320), (375, 1242), (480, 640)])
+def test_any_size_gives_flow_of_that_size(estimator, size):
+    flow = estimator(texture(*size, seed=1), texture(*size, seed=2))
+    assert flow.shape == (*size, 2) and flow.dtype == np.float32
+    assert np.isfinite(flow).all()
+
+
+def test_translation_is_seen_in_pixels_of_the_image(estimator, pair):
+    truth = constant_flow(240, 320, 4, -3)
+    inner = (slice(20, -20), slice(20, -20))
+    assert epe(estimator(*pair)[inner], truth[inner]) < 1
+    # The other way round it is the other way round.
+    assert epe(estimator(*pair[::-1])[inner], -truth[inner]) < 1
+
+
+def test_stream_is_bit_for_bit_the_pairwise_result(estimator):
+    canvas = texture(200, 240)
+    frames = [shifted(canvas, 2 * i, i, 120, 160) for i in range(4)]
+    streamed = list(estimator.stream(iter(frames)))
+    assert len(streamed) == 3
+    for i, flow in enumerate(streamed):
+        np.testing.assert_array_equal(flow, estimator(frames[i], frames[i + 1]))
+
+
+def test_stream_of_fewer_than_two_frames_is_empty(estimator, pair):
+    assert list(estimator.stream([])) == list(estimator.stream(pair[:1])) == []
+
+
+def test_bidirectional_is_both_calls(estimator, pair):
+    forward, backward = estimator.bidirectional(*pair)
+    np.testing.assert_array_equal(forward, estimator(*pair))
+    np.testing.assert_array_equal(backward, estimator(*pair[::-1]))
+    encoded = estimator.bidirectional(estimator.encode(pair[0]), pair[1])
+    np.testing.assert_array_equal(encoded[0], forward)
+
+
+def test_results_belong_to_the_caller(estimator, pair):
+    features = estimator.encode(pair[0])
+    flow = estimator.match(features, estimator.encode(pair[1]))
+    kept = flow.copy()
+    other = estimator(texture(240, 320, seed=5), texture(240, 320, seed=6))
+    np.testing.assert_array_equal(flow, kept)
+    assert not np.shares_memory(flow, other)
+    np.testing.assert_array_equal(estimator.match(features, estimator.encode(pair[1])), kept)
+
+
+def test_flow_of_network_size_is_a_copy_too(estimator):
+    size = (estimator.info.height, estimator.info.width)
+    image = texture(*size)
+    kept = image.copy()
+    estimator(image, image)
+    np.testing.assert_array_equal(image, kept)
+
+
+def test_grey_is_as_rgb_of_equal_channels(estimator, pair):
+    grey = [image[..., 0] for image in pair]
+    expected = estimator(*(np.dstack([image] * 3) for image in grey))
+    np.testing.assert_array_equal(estimator(*grey), expected)
+    np.testing.assert_array_equal(estimator(*(image[..., None] for image in grey)), expected)
+
+
+def test_views_are_as_their_copies(estimator, pair):
+    mirrored = [image[:, ::-1] for image in pair]
+    np.testing.assert_array_equal(estimator(*mirrored), estimator(*(image.copy() for image in mirrored)))
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((64, 64, 3), np.float32), "float32"),
+        (np.zeros((64, 64, 4), np.uint8), r"\(64, 64, 4\)"),
+        (np.zeros((64, 64, 2), np.uint8), r"\(64, 64, 2\)"),
+        (np.zeros((1, 64, 64, 3), np.uint8), r"\(1, 64, 64, 3\)"),
+        (np.zeros(64, np.uint8), r"\(64,\)"),
+        (np.zeros((31, 64, 3), np.uint8), r"\(31, 64, 3\)"),
+        (np.zeros((64, 0, 3), np.uint8), r"\(64, 0, 3\)"),
+        ([[0]], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_bad_images_are_named(estimator, image, message):
+    good = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match=f"prev.*{message}"):
+        estimator(image, good)
+    with pytest.raises(ValueError, match=f"next.*{message}"):
+        estimator(good, image)
+    with pytest.raises(ValueError, match=message):
+        estimator.encode(image)
+
+
+def test_different_sizes_are_named(estimator):
+    images = [np.zeros((64, 64, 3), np.uint8), np.zeros((64, 96, 3), np.uint8)]
+    message = r"\(64, 64\).*\(64, 96\)"
+    with pytest.raises(ValueError, match=message):
+        estimator(*images)
+    with pytest.raises(ValueError, match=message):
+        estimator.match(*map(estimator.encode, images))
+    with pytest.raises(ValueError, match=message):
+        list(estimator.stream(images))
+
+
+def test_features_of_another_model_are_refused(estimator, pair):
+    other = FlowEstimator.load(precision="float32")
+    with pytest.raises(ValueError, match="float32"):
+        estimator.match(other.encode(pair[0]), estimator.encode(pair[1]))
+
+
+def test_int8_and_float_agree(estimator, pair):
+    assert epe(estimator(*pair), FlowEstimator.load(precision="float32")(*pair)) < 0.5
+
+
+def test_threads_and_kernels_do_not_change_the_flow(pair):
+    flow = FlowEstimator.load(precision="float32", threads=1)(*pair)
+    assert epe(FlowEstimator.load(precision="float32", threads=4)(*pair), flow) < 1e-3
+    assert epe(FlowEstimator.load(precision="float32", threads=1, xnnpack=False)(*pair), flow) < 1e-2
+
+
+def test_one_estimator_serves_several_threads(estimator, pair):
+    expected = estimator(*pair)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(estimator(*pair))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(np.array_equal(flow, expected) for flow in results)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_bad_threads_are_named(threads):
+    with pytest.raises(ValueError, match=str(threads)):
+        FlowEstimator.load(threads=threads)
+
+
+def test_litert_is_preferred_and_its_absence_is_one_line(monkeypatch, estimator):
+    assert estimator.runtime.startswith("ai-edge-litert ")
+    for module in ("ai_edge_litert", "tflite_runtime", "tensorflow.lite.python"):
+        monkeypatch.setitem(sys.modules, f"{module}.interpreter", None)
+    with pytest.raises(QpwcError, match="pip install ai-edge-litert"):
+        FlowEstimator.load()
+
+
+def test_interpolated_frame_is_between(estimator, pair):
+    interpolate = FrameInterpolator(estimator)
+    canvas = texture(280, 360, smoothness=3)
+    prev, next, truth = (shifted(canvas, 2 * i, -4 * i, 240, 320) for i in (0, 2, 1))
+    middle = interpolate(prev, next)
+    assert middle.shape == (240, 320, 3) and middle.dtype == np.uint8
+    inner = (slice(20, -20), slice(20, -20))
+    average = ((prev.astype(int) + next) // 2).astype(np.uint8)
+    assert psnr(middle[inner], truth[inner]) > psnr(average[inner], truth[inner]) + 5
+    near = interpolate(prev, next, t=0.05)
+    assert psnr(near, prev) > psnr(near, next)
+
+
+def test_interpolating_equal_frames_gives_that_frame(estimator, pair):
+    assert psnr(FrameInterpolator(estimator)(pair[0], pair[0]), pair[0]) > 40
+
+
+def test_interpolation_of_grey_is_rgb(estimator, pair):
+    grey = pair[0][..., :1]
+    assert FrameInterpolator(estimator)(grey, grey).shape == (240, 320, 3)
+
+
+@pytest.mark.parametrize("t", [0, 1, -1, 2, float("nan"), float("inf")])
+def test_interpolation_refuses_times_outside(estimator, pair, t):
+    with pytest.raises(ValueError, match="t must"):
+        FrameInterpolator(estimator)(*pair, t=t)
