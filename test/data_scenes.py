@@ -13,7 +13,8 @@ from qpwc_core.data.textures import CUTOUT_SIZE, MASK_SIZE, PHOTO_SIZE, TextureB
 def smooth_photo(phase: float = 0.0) -> np.ndarray:
     """A pattern without edges, uint8 SxSx3, so that resampling twice costs a grey level or two."""
     y, x = np.mgrid[0:PHOTO_SIZE, 0:PHOTO_SIZE].astype(np.float32)
-    channels = (np.sin(x / 9 + phase) + np.cos(y / 11), np.sin((x + y) / 13 + phase), np.cos((x - y) / 10 + phase))
+    red = np.sin(x / 9 + phase) + np.cos(y / 11)
+    channels = (red, np.sin((x + y) / 13 + phase), np.cos((x - y) / 10 + phase))
     return np.stack([128 + 50 * channel for channel in channels], axis=-1).astype(np.uint8)
 
 
@@ -49,7 +50,8 @@ def back_warped(sample: Sample) -> np.ndarray:
     height, width = sample.flow.shape[:2]
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
     there = x + sample.flow[..., 0], y + sample.flow[..., 1]
-    return cv2.remap(sample.next.astype(np.float32), *there, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    image = sample.next.astype(np.float32)
+    return cv2.remap(image, *there, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def visible_error(sample: Sample) -> np.ndarray:

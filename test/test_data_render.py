@@ -67,7 +67,7 @@ def test_shrunk_textures_stay_in_place(zoom):
 
 
 def test_a_bent_layer_has_the_flow_that_its_picture_shows():
-    """The flow of a bend comes from a fixed-point iteration; it must have converged on the strongest bends."""
+    """The flow of a bend comes from a fixed-point iteration, which must have converged on strong bends."""
     for seed in range(5):
         bend = scenes._bend(np.random.default_rng(seed), 40.0, WIDTH, SceneConfig(height=HEIGHT, width=WIDTH))
         sample = render_layers(background(translation(2, 1), bend=bend))
@@ -163,7 +163,8 @@ def test_a_triplet_is_one_motion_at_three_times():
 
 def test_scenes_come_from_their_generator_alone():
     config, bank = SceneConfig(height=HEIGHT, width=WIDTH), small_bank()
-    first, same = (render(scenes.sample_scene(np.random.default_rng(3), config, bank), bank) for _ in range(2))
+    generators = np.random.default_rng(3), np.random.default_rng(3)
+    first, same = (render(scenes.sample_scene(rng, config, bank), bank) for rng in generators)
     np.testing.assert_array_equal(first.next, same.next)
     np.testing.assert_array_equal(first.flow, same.flow)
 

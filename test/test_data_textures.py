@@ -134,9 +134,11 @@ def write_array(path):
 
 
 def write_broken_pictures(path):
-    sizes = {"photos_sizes": np.array([100]), "cutouts_sizes": np.zeros(0, int), "masks_sizes": np.zeros(0, int)}
-    data = {name: np.zeros(size, np.uint8) for name, size in (("photos", 100), ("cutouts", 0), ("masks", 0))}
-    np.savez(path, **data, **sizes)
+    arrays = {}
+    for name, sizes in (("photos", [100]), ("cutouts", []), ("masks", [])):
+        arrays[name] = np.zeros(sum(sizes), np.uint8)
+        arrays[f"{name}_sizes"] = np.array(sizes, np.int64)
+    np.savez(path, **arrays)
 
 
 def write_truncated(path):

@@ -102,7 +102,7 @@ def test_the_gradient_of_a_ramp_is_its_slope():
 
 def test_inner_rounding_of_the_warp_is_bounded():
     """Four weights, four products and two sums, each off by at most half a step."""
-    features, flow = random(1, 8, 9, 4), np.random.default_rng(3).uniform(-3, 3, (1, 8, 9, 2)).astype(np.float32)
+    features, flow = random(1, 8, 9, 4), 3 * random(1, 8, 9, 2, seed=3)
     layer = layers.Warp(quantized=True)
     layer([features, flow])
     layer.ranges["weight"].assign([0.0, 1.0])
@@ -111,7 +111,7 @@ def test_inner_rounding_of_the_warp_is_bounded():
 
 
 def test_an_observer_sees_what_is_rounded_and_stops_the_rounding():
-    features, flow = random(1, 8, 9, 4), np.random.default_rng(3).uniform(-3, 3, (1, 8, 9, 2)).astype(np.float32)
+    features, flow = random(1, 8, 9, 4), 3 * random(1, 8, 9, 2, seed=3)
     layer = layers.Warp(quantized=True, name="warp_7")
     layer([features, flow])
     seen = []
@@ -123,15 +123,16 @@ def test_an_observer_sees_what_is_rounded_and_stops_the_rounding():
 # --- Cost volume -----------------------------------------------------------------------------------------
 
 
-def brute_force(prev: np.ndarray, warped: np.ndarray, radius: int) -> np.ndarray:
+def brute_force(prev: np.ndarray, warped: np.ndarray, radius: int, scale: float = 1.0) -> np.ndarray:
     batch, height, width, _ = prev.shape
     size = 2 * radius + 1
     cost = np.zeros((batch, height, width, size * size), np.float32)
     for b, y, x in np.ndindex(batch, height, width):
         for dy in range(-radius, radius + 1):
             for dx in range(-radius, radius + 1):
+                channel = (dy + radius) * size + dx + radius
                 if 0 <= y + dy < height and 0 <= x + dx < width:
-                    cost[b, y, x, (dy + radius) * size + dx + radius] = prev[b, y, x] @ warped[b, y + dy, x + dx]
+                    cost[b, y, x, channel] = scale * (prev[b, y, x] @ warped[b, y + dy, x + dx])
     return cost
 
 
@@ -145,6 +146,8 @@ def test_both_forms_are_the_definition(form, shape, radius):
     prev, warped = random(*shape), random(*shape, seed=1)
     cost = form(tf.constant(prev), tf.constant(warped), radius).numpy()
     np.testing.assert_allclose(cost, brute_force(prev, warped, radius), atol=1e-5)
+    cost = form(tf.constant(prev), tf.constant(warped), radius, 10.0).numpy()
+    np.testing.assert_allclose(cost, brute_force(prev, warped, radius, 10.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -174,15 +177,17 @@ def test_inner_rounding_of_the_cost_volume_is_bounded():
     """One product per channel and the sum, each off by at most half a step of 2/255."""
     prev, warped = random(1, 6, 7, 8), random(1, 6, 7, 8, seed=1)
     prev, warped = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (prev, warped))
-    layer = layers.CostVolume(2, "slices", quantized=True)
+    scale = 10.0
+    layer = layers.CostVolume(2, scale, "slices", quantized=True)
     layer([prev, warped])
-    error = np.abs(layer([prev, warped]).numpy() - brute_force(prev, warped, 2)).max()
-    assert 0 < error <= (8 + 1) / 255
+    layer.ranges["sum"].assign([-scale, scale])
+    error = np.abs(layer([prev, warped]).numpy() - brute_force(prev, warped, 2, scale)).max()
+    assert 0 < error <= scale * (8 + 1) / 255
 
 
 def test_an_unknown_form_is_refused():
     with pytest.raises(ValueError, match="'matmul' or 'slices', got 'fast'"):
-        layers.CostVolume(2, "fast")
+        layers.CostVolume(2, form="fast")
 
 
 # --- Resizing --------------------------------------------------------------------------------------------
@@ -240,6 +245,13 @@ def test_normalizing_a_zero_vector_has_a_finite_gradient():
     assert np.isfinite(tape.gradient(loss, features).numpy()).all()
 
 
+def test_shares_of_the_shifts_sum_to_one_and_follow_the_costs():
+    cost = 10 * random(1, 3, 4, 9)
+    shares = layers.ShiftShares()(cost).numpy()
+    np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(shares.argsort(axis=-1), cost.argsort(axis=-1))
+
+
 def test_scaled_flow_is_clipped_only_where_asked():
     flow = constant_flow(1, 1, 1, 24, -2)
     np.testing.assert_allclose(layers.ScaleFlow(1 / 16, clip=True)(flow).numpy()[0, 0, 0], [1, -0.125])
@@ -257,7 +269,7 @@ def test_split_takes_the_halves_of_static_and_unknown_batches():
 @pytest.mark.parametrize(
     "layer",
     [
-        layers.CostVolume(3, "slices", quantized=True),
+        layers.CostVolume(3, 10.0, "slices", quantized=True),
         layers.Warp(quantized=True),
         layers.Split(1),
         layers.ScaleFlow(0.25, clip=True),

@@ -12,13 +12,14 @@ from training_parts import DEEP, SHALLOW, pairs, tf
 import tf_keras as keras
 
 from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
-from qpwc_core.model.initialization import initialize_from_data
+from qpwc_core.model.initialization import fit_embeddings, initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, feature_layers, full_flow
 
 
 def run(network: keras.Model, images: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: flow.numpy() for name, flow in network(normalize(tf.constant(images)), training=False).items()}
+    flows = network(normalize(tf.constant(images)), training=False)
+    return {name: flow.numpy() for name, flow in flows.items()}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,8 @@ def test_initialization_from_data_whitens_every_convolution():
         for layer in network.layers
         if isinstance(layer, keras.layers.Conv2D) and not layer.name.startswith("project_flow")
     ]
-    inputs = keras.Model(network.inputs, [layer.input for layer in convolutions])(normalize(tf.constant(images)))
+    before = keras.Model(network.inputs, [layer.input for layer in convolutions])
+    inputs = before(normalize(tf.constant(images)))
     for layer, features in zip(convolutions, inputs):
         values = tf.nn.conv2d(features, layer.kernel, layer.strides, "SAME") + layer.bias
         mean, deviation = values.numpy().mean(axis=(0, 1, 2)), values.numpy().std(axis=(0, 1, 2))
@@ -188,3 +190,42 @@ def test_initialization_does_not_amplify_the_flow():
     for level in (3, 4):
         kernel = network.get_layer(f"project_flow_{level}").kernel.numpy()
         assert np.abs(kernel).sum(axis=2).max() < 5
+
+
+def test_fitted_embeddings_match_better_than_random_ones():
+    """On other pictures than they were fitted on, the largest cost is more often at the true shift."""
+    config = NetworkConfig(
+        height=96, width=128, pyramid=(8, 12, 16), extra_convs=(0, 0, 0), match_channels=8, radii=(2,), decoder=(8, 6)
+    )
+    keras.utils.set_random_seed(4)
+    network = build_network(config, config.height, config.width)
+
+    def moved(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs moved by up to a cell and a half (8 pixels each), their flow, and where it stays inside."""
+        rng = np.random.default_rng(seed)
+        shape = (8, config.height // 12 + 4, config.width // 12 + 4, 3)
+        size = [config.height + 48, config.width + 48]
+        wide = np.clip(tf.image.resize(rng.uniform(0, 255, shape), size, method="bicubic"), 0, 255)
+        shifts = rng.integers(-12, 13, (8, 2))
+        parts = [
+            [image[24 - dy : 24 - dy + config.height, 24 - dx : 24 - dx + config.width] for dx, dy in deltas]
+            for image, deltas in zip(wide, (((0, 0), tuple(shift)) for shift in shifts))
+        ]
+        images = np.stack([pair[0] for pair in parts] + [pair[1] for pair in parts]).astype(np.uint8)
+        flow = np.broadcast_to(shifts[:, None, None].astype(np.float32), (8, config.height, config.width, 2))
+        visible = np.zeros(flow.shape[:3], bool)
+        visible[:, 16:-16, 16:-16] = True
+        return images, flow, visible
+
+    def hits() -> float:
+        """Share of the inner cells whose best shift is within one cell of the true one, on either axis."""
+        images, flow, _ = moved(1)
+        cost = keras.Model(network.inputs, network.get_layer("cost_3").output)(normalize(tf.constant(images)))
+        best = cost.numpy()[:, 2:-2, 2:-2].argmax(axis=-1)
+        found = np.stack([best % 5 - 2, best // 5 - 2], axis=-1)
+        return float((np.abs(found - flow[:, 0, 0, None, None] / 8) < 0.75).all(axis=-1).mean())
+
+    initialize_from_data(network, moved(0)[0])
+    before = hits()
+    fit_embeddings(network, config, *moved(0))
+    assert hits() > max(before + 0.03, 0.6)

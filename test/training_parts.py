@@ -1,4 +1,4 @@
-"""What the tests of the network, its training and its quantization share: small networks, scenes with known flow.
+"""What the tests of the network, its training and its quantization share: small networks and pictures.
 
 Importing this skips the importing test module where there is no TensorFlow (the ``train`` extra).
 """

@@ -18,14 +18,9 @@ from qpwc_core.training.options import add_options, parse_config
 def main(arguments: list[str] | None = None) -> int:
     from qpwc_core.training.interpolation import PreTrainConfig, pre_train
 
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # --videos, below, takes any number of files
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="run directory (default: out/pre_train/NETWORK)")
     add_options(parser, PreTrainConfig)
-    parser.add_argument("--videos", nargs="+", metavar="FILE", default=(), help="default: rendered scenes")
     args = parser.parse_args(arguments)
     try:
         config = parse_config(args, PreTrainConfig)

@@ -74,7 +74,10 @@ def show(run: Path, weights: Path | None, output: Path, videos: list[Path], coun
     elif not weights.exists():
         raise FileNotFoundError(f"{weights}: no such file")
     network = build_network(network_config, config.height, config.width)
-    network.load_weights(weights)
+    try:
+        network.load_weights(weights)
+    except ValueError as error:
+        raise ValueError(f"{weights}: no weights of this run's network ({error})") from error
     interpolator = Interpolator(network, network_config)
     if videos:
         triplets = next(video_batches(videos, dataclasses.replace(config.video(), batch=count), seed))

@@ -31,6 +31,8 @@ class PipelineConfig:
         textures: texture archive, or None for procedural patterns only.
         batch: samples per batch.
         reuse: samples drawn from each rendered scene (mirrored and toned differently), to spare rendering.
+        occluded_weight: weight in the loss of pixels whose target is hidden or outside of the frame: their
+            flow can only be guessed, and its large errors would drown what can be learned.
         triplets: make {"prev", "middle", "next"} for interpolation instead of flow samples.
     """
 
@@ -39,6 +41,7 @@ class PipelineConfig:
     textures: str | None = None
     batch: int = 8
     reuse: int = 2
+    occluded_weight: float = 0.15
     triplets: bool = False
 
     @classmethod
@@ -55,13 +58,18 @@ class PipelineConfig:
         return load_bank(Path(self.textures)) if self.textures else procedural_bank(seed)
 
 
-def to_batch(samples: list[Sample]) -> Batch:
-    """Stacks samples: uint8 ``prev``, ``next`` BxHxWx3; float32 ``flow`` BxHxWx2 and ``valid`` BxHxWx1."""
+def to_batch(samples: list[Sample], occluded_weight: float = 1.0) -> Batch:
+    """Stacks samples: uint8 ``prev``, ``next`` BxHxWx3; float32 ``flow`` BxHxWx2 and ``valid`` BxHxWx1.
+
+    ``valid`` is the weight of a pixel in the loss: 0 where the flow is unknown, ``occluded_weight`` where its
+    target cannot be seen, else 1.
+    """
+    weights = [sample.valid * np.where(sample.occluded, occluded_weight, 1.0) for sample in samples]
     return {
         "prev": np.stack([sample.prev for sample in samples]),
         "next": np.stack([sample.next for sample in samples]),
         "flow": np.stack([sample.flow for sample in samples]),
-        "valid": np.stack([sample.valid for sample in samples])[..., None].astype(np.float32),
+        "valid": np.stack(weights)[..., None].astype(np.float32),
     }
 
 
@@ -94,7 +102,7 @@ def batches(config: PipelineConfig, seed: int) -> Iterator[Batch]:
     pool: list[Sample] = list(itertools.islice(samples, 4 * config.batch * config.reuse))
     while True:
         chosen = rng.choice(len(pool), config.batch, replace=False)
-        yield to_batch([pool[index] for index in chosen])
+        yield to_batch([pool[index] for index in chosen], config.occluded_weight)
         for index in chosen:
             pool[index] = next(samples)
 

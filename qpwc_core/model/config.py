@@ -19,6 +19,7 @@ class NetworkConfig:
         finest_level: the level of the final flow. Decoding starts at the last pyramid level.
         match_channels: channels of the features that are warped and correlated.
         radii: search radius of the cost volume per decoded level, coarse to fine, in that level's pixels.
+        sharpness: factor on the cosines in the cost volume, whose softmax the decoder also sees.
         decoder: channels of each decoder: the first is a sum of 1x1 projections of its inputs, the others
             are 3x3 convolutions.
         flow_input_range: flow, in level pixels, that saturates the decoder's flow input. The decoder sees
@@ -33,6 +34,7 @@ class NetworkConfig:
     finest_level: int = 3
     match_channels: int = 32
     radii: tuple[int, ...] = (4, 4, 3)
+    sharpness: float = 10.0
     decoder: tuple[int, ...] = (64, 64, 48, 32)
     flow_input_range: float = 16.0
 

@@ -85,7 +85,7 @@ def bilinear_warp(features: Tensor, flow: Tensor, inner: dict[str, Quantizer] | 
     return top + bottom
 
 
-def cost_volume_matmul(prev: Tensor, warped: Tensor, radius: int) -> Tensor:
+def cost_volume_matmul(prev: Tensor, warped: Tensor, radius: int, scale: float = 1.0) -> Tensor:
     """Cost volume as one matrix product per row shift; the cheap form for training.
 
     A row of ``prev`` times the transposed, padded row of ``warped`` holds every horizontal shift; the
@@ -94,9 +94,10 @@ def cost_volume_matmul(prev: Tensor, warped: Tensor, radius: int) -> Tensor:
     Args:
         prev, warped: BxHxWxC.
         radius: r, in pixels.
+        scale: factor on the result.
 
     Returns:
-        BxHxWx(2r+1)^2: channel (dy + r) * (2r + 1) + (dx + r) is sum_c prev(p) * warped(p + (dx, dy)),
+        BxHxWx(2r+1)^2: channel (dy + r) * (2r + 1) + (dx + r) is scale * sum_c prev(p) * warped(p + (dx, dy)),
         zero outside of the image. (Sun et al., "PWC-Net", CVPR 2018, eq. 3.)
     """
     _, height, width, _ = prev.shape
@@ -108,11 +109,15 @@ def cost_volume_matmul(prev: Tensor, warped: Tensor, radius: int) -> Tensor:
         flat = tf.reshape(products, [-1, height, width * (width + 2 * radius)])
         flat = tf.pad(flat, [[0, 0], [0, 0], [0, width]])
         bands.append(tf.reshape(flat, [-1, height, width, width + size])[..., :size])
-    return tf.concat(bands, axis=-1)
+    return tf.concat(bands, axis=-1) * scale
 
 
 def cost_volume_slices(
-    prev: Tensor, warped: Tensor, radius: int, inner: dict[str, Quantizer] | None = None
+    prev: Tensor,
+    warped: Tensor,
+    radius: int,
+    scale: float = 1.0,
+    inner: dict[str, Quantizer] | None = None,
 ) -> Tensor:
     """The same cost volume from operations an int8 runtime has fast kernels for.
 
@@ -127,9 +132,9 @@ def cost_volume_slices(
     _, height, width, channels = prev.shape
     size = 2 * radius + 1
     padded = tf.pad(warped, [[0, 0], [radius, radius], [radius, radius], [0, 0]])
-    ones = tf.ones([1, 1, channels, 1])
+    summing = tf.fill([1, 1, channels, 1], scale)
     if inner:
-        ones = tf.quantization.fake_quant_with_min_max_args(ones, min=-1.0, max=1.0, narrow_range=True)
+        summing = tf.quantization.fake_quant_with_min_max_args(summing, min=-scale, max=scale, narrow_range=True)
     rows = []
     for dy in range(size):
         shifted = tf.concat(
@@ -137,7 +142,7 @@ def cost_volume_slices(
         )
         stacked_prev = prev if prev.shape[0] == 1 else tf.concat([prev] * size, axis=0)
         products = quantize_product(stacked_prev * shifted)
-        cost = quantize_sum(tf.nn.conv2d(products, ones, strides=1, padding="VALID"))
+        cost = quantize_sum(tf.nn.conv2d(products, summing, strides=1, padding="VALID"))
         cost = tf.reshape(cost, [size, -1, height, width])
         rows.append(tf.transpose(cost, [1, 2, 3, 0]))
     return tf.concat(rows, axis=-1)
@@ -227,21 +232,22 @@ class CostVolume(InnerRanges):
 
     INNER = ("product", "sum")
 
-    def __init__(self, radius: int, form: str = "matmul", **kwargs):
+    def __init__(self, radius: int, scale: float = 1.0, form: str = "matmul", **kwargs):
         super().__init__(**kwargs)
         if form not in ("matmul", "slices"):
             raise ValueError(f"form must be 'matmul' or 'slices', got {form!r}")
         self.radius = radius
+        self.scale = scale
         self.form = form
 
     def call(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
         prev, warped = inputs
         if self.form == "matmul":
-            return cost_volume_matmul(prev, warped, self.radius)
-        return cost_volume_slices(prev, warped, self.radius, self.inner())
+            return cost_volume_matmul(prev, warped, self.radius, self.scale)
+        return cost_volume_slices(prev, warped, self.radius, self.scale, self.inner())
 
     def get_config(self):
-        return {**super().get_config(), "radius": self.radius, "form": self.form}
+        return {**super().get_config(), "radius": self.radius, "scale": self.scale, "form": self.form}
 
 
 class NormalizeFeatures(keras.layers.Layer):
@@ -253,6 +259,18 @@ class NormalizeFeatures(keras.layers.Layer):
 
     def call(self, features: Tensor) -> Tensor:
         return tf.nn.l2_normalize(features, axis=-1, epsilon=1e-6)
+
+
+class ShiftShares(keras.layers.Layer):
+    """Softmax over a cost volume: how likely each shift is. BxHxWxK → BxHxWxK, summing to 1.
+
+    The expected shift is linear in these shares, so the decoder's first projection can already compute it;
+    from the costs themselves it would have to learn an argmax. (Kendall et al., "End-to-End Learning of
+    Geometry and Context for Deep Stereo Regression", ICCV 2017, section 3.4.)
+    """
+
+    def call(self, cost: Tensor) -> Tensor:
+        return tf.nn.softmax(cost, axis=-1)
 
 
 class UpsampleFeatures(keras.layers.Layer):

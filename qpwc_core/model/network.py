@@ -3,8 +3,8 @@
 Sun, Yang, Liu and Kautz, "PWC-Net: CNNs for Optical Flow Using Pyramid, Warping, and Cost Volume",
 CVPR 2018. Differences, all for small processors: few channels; separate, narrow features for matching; the
 decoder's inputs are projected by 1x1 convolutions and summed instead of concatenated (equal to a 1x1
-convolution of the concatenation, but each input keeps its own int8 scale); ReLU, which fuses into the
-convolution.
+convolution of the concatenation, but each input keeps its own int8 scale); plain ReLU in the encoder, which fuses
+into the convolution.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from qpwc_core.model.layers import (
     CostVolume,
     NormalizeFeatures,
     ScaleFlow,
+    ShiftShares,
     Split,
     UpsampleFeatures,
     UpsampleFlow,
     Warp,
     resize_flow,
 )
+
+
+# The decoders' leaky units, as in PWC-Net: with plain ReLU the coarse decoders, which see little to learn from at
+# first, go silent and stay so. The encoder's plain ones fuse into its convolutions.
+_SLOPE = 0.1
 
 
 def _conv(channels: int, size: int, name: str, *, stride: int = 1, activation: str | None = "relu"):
@@ -103,19 +109,22 @@ def decode(
             projected.append(_conv(config.decoder[0], 1, f"project_flow_{level}", activation=None)(flow_input))
             coarse = _conv(config.decoder[0], 1, f"project_hidden_{level}", activation=None)(hidden)
             projected.append(UpsampleFeatures(name=f"hidden_up_{level}")(coarse))
-        cost = CostVolume(radius, cost_form, quantized=quantized, name=f"cost_{level}")(
+        cost = CostVolume(radius, config.sharpness, cost_form, quantized=quantized, name=f"cost_{level}")(
             [prev[f"match_{level}"], target]
         )
+        shares = ShiftShares(name=f"shares_{level}")(cost)
         projected.append(_conv(config.decoder[0], 1, f"project_cost_{level}", activation=None)(cost))
+        projected.append(_conv(config.decoder[0], 1, f"project_shares_{level}", activation=None)(shares))
         projected.append(
             _conv(config.decoder[0], 1, f"project_context_{level}", activation=None)(prev[f"context_{level}"])
         )
         hidden = projected[0]
         for index, other in enumerate(projected[1:]):
             hidden = keras.layers.Add(name=f"sum_{level}_{index}")([hidden, other])
-        hidden = keras.layers.ReLU(name=f"sum_{level}_relu")(hidden)
+        hidden = keras.layers.LeakyReLU(_SLOPE, name=f"sum_{level}_act")(hidden)
         for index, channels in enumerate(config.decoder[1:]):
-            hidden = _conv(channels, 3, f"decoder_{level}_conv{index}")(hidden)
+            hidden = _conv(channels, 3, f"decoder_{level}_conv{index}", activation=None)(hidden)
+            hidden = keras.layers.LeakyReLU(_SLOPE, name=f"decoder_{level}_act{index}")(hidden)
         # The step is a small difference of large sums; in int8 it alone would cost pixels.
         step = _conv(2, 3, f"flow_step_{level}", activation=None)(hidden)
         flow = step if flow is None else keras.layers.Add(name=f"flow_add_{level}")([flow, step])

@@ -25,7 +25,13 @@ FLOAT_LAYERS = re.compile(r"flow_(step|add|up)_\d+")
 #: Layers that only pass on what is rounded already.
 PASSING_LAYERS = re.compile(r"(prev|next)_.*")
 #: Ranges known beforehand.
-FIXED_RANGES = {"image": (-1.0, 127.0 / 128.0), "flow_input": (-1.0, 1.0), "weight": (0.0, 1.0)}
+FIXED_RANGES = {
+    "image": (-1.0, 127.0 / 128.0),
+    "flow_input": (-1.0, 1.0),
+    "weight": (0.0, 1.0),
+    # TFLite's int8 softmax has this output scale and no other.
+    "shares": (0.0, 255.0 / 256.0),
+}
 
 
 class RangeQuantizer(_quantize.quantizers.Quantizer):
@@ -125,6 +131,7 @@ CUSTOM_OBJECTS = {
             layers.Warp,
             layers.CostVolume,
             layers.NormalizeFeatures,
+            layers.ShiftShares,
             layers.UpsampleFeatures,
             layers.UpsampleFlow,
             layers.ScaleFlow,
@@ -136,11 +143,7 @@ CUSTOM_OBJECTS = {
 
 def _annotate(layer: keras.layers.Layer) -> keras.layers.Layer:
     name = layer.name
-    fused_sum = isinstance(layer, keras.layers.Add) and any(
-        isinstance(node.outbound_layer, keras.layers.ReLU) for node in layer.outbound_nodes
-    )
-    # The runtime fuses the last sum with the ReLU behind it; the ReLU's output is what is rounded.
-    if fused_sum or FLOAT_LAYERS.fullmatch(name):
+    if FLOAT_LAYERS.fullmatch(name):
         return layer
     if PASSING_LAYERS.fullmatch(name):
         config = PassConfig()
@@ -177,15 +180,22 @@ def wrapped(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 
 def load_float_weights(quantized: keras.Model, network: keras.Model) -> None:
-    """Copies kernels and biases of a float network, by layer name."""
+    """Copies kernels and biases of a float network, by layer name.
+
+    Raises:
+        ValueError: the networks differ; nothing is copied then.
+    """
+    copies = []
     for layer in network.layers:
         if isinstance(layer, keras.layers.Conv2D):
-            target = wrapped(quantized.get_layer(layer.name))
-            values = {v.name.split("/")[-1]: v for v in quantized.get_layer(layer.name).trainable_variables}
+            variables = quantized.get_layer(layer.name).trainable_variables
+            values = {v.name.split("/")[-1]: v for v in variables}
             for name, value in zip(("kernel:0", "bias:0"), layer.get_weights()):
                 if name not in values or values[name].shape != value.shape:
-                    raise ValueError(f"layer {target.name}: no {name} of shape {value.shape}")
-                values[name].assign(value)
+                    raise ValueError(f"layer {layer.name}: no {name} of shape {value.shape}")
+                copies.append((values[name], value))
+    for variable, value in copies:
+        variable.assign(value)
 
 
 def set_weight_ranges(quantized: keras.Model) -> None:

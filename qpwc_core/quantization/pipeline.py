@@ -100,7 +100,8 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
     """
     point = loop.network_config(config.network)
     weights = find_weights(config)
-    loop.claim_directory(directory, config, point)
+    loop.check_directory(directory, point)
+    loop.write_config(directory, config, point)
 
     network = build_network(point, config.height, config.width)
     network.load_weights(weights)

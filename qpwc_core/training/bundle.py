@@ -23,10 +23,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from qpwc_core.data.pipeline import batches
-from qpwc_core.model.initialization import initialize_from_data
 from qpwc_core.model.network import build_network
-from qpwc_core.training.loop import TrainConfig, batch_signature, network_config
+from qpwc_core.training.loop import TrainConfig, batch_signature, network_config, start_from_data
 from qpwc_core.training.trainer import FlowTrainer, make_optimizer
 
 FORMAT = 1
@@ -35,16 +33,14 @@ FORMAT = 1
 def make_trainer(config: TrainConfig) -> FlowTrainer:
     """A trainer with its optimizer, ready for its first step.
 
-    A fresh network (no ``config.initial``) is initialized from one batch of scenes.
+    The network starts as ``loop.train`` would start it.
     """
     point = network_config(config.network)
     keras.utils.set_random_seed(config.seed)
     network = build_network(point, config.height, config.width, batch=config.batch)
     if config.initial:
         network.load_weights(config.initial)
-    else:
-        first = next(batches(config.pipeline(), config.seed))
-        initialize_from_data(network, np.concatenate([first["prev"], first["next"]]))
+    start_from_data(network, point, config)
     trainer = FlowTrainer(network)
     trainer.compile(
         optimizer=make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay)

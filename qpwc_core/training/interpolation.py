@@ -14,12 +14,12 @@ import tf_keras as keras
 from qpwc_core.data.pipeline import Batch, PipelineConfig, batches
 from qpwc_core.data.scenes import SceneConfig
 from qpwc_core.data.triplets import VideoConfig, triplet_stream
-from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.config import NetworkConfig
 from qpwc_core.model.initialization import initialize_from_data
 from qpwc_core.model.interpolator import Interpolator, downscale, output_levels
 from qpwc_core.model.layers import PIXEL_SCALE, PIXEL_ZERO, normalize
 from qpwc_core.model.network import build_network
-from qpwc_core.training.loop import as_dataset, save_weights, write_config
+from qpwc_core.training.loop import as_dataset, check_directory, network_config, save_weights, write_config
 from qpwc_core.training.losses import masked_mean
 from qpwc_core.training.trainer import make_optimizer
 
@@ -171,16 +171,12 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
         ValueError: an unknown network, an unusable video, or ``directory`` holds another network's run.
         OSError, FormatError: a file cannot be read.
     """
-    if config.network not in OPERATING_POINTS:
-        raise ValueError(f"unknown network {config.network!r}; known: {', '.join(OPERATING_POINTS)}")
-    network_config = OPERATING_POINTS[config.network]
-    if (directory / "config.json").exists() and read_config(directory)[1] != network_config:
-        raise ValueError(f"{directory} holds a run of a different network; choose another directory")
-
+    point = network_config(config.network)
+    check_directory(directory, point)
     keras.utils.set_random_seed(config.seed)
-    network = build_network(network_config, config.height, config.width)
-    interpolator = Interpolator(network, network_config)
-    outputs = output_levels(network_config)
+    network = build_network(point, config.height, config.width)
+    interpolator = Interpolator(network, point)
+    outputs = output_levels(point)
     interpolator.compile(
         optimizer=make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay),
         loss={name: photometric_loss for name in outputs},
@@ -200,7 +196,7 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
     with triplet_stream(config.scenes(config.textures), videos, config.video(), seed, config.workers) as stream:
         # The first batch is drawn here, where an unusable file still gives its own error.
         first = next(stream)
-        write_config(directory, config, network_config)
+        write_config(directory, config, point)
         interpolator(first)  # builds it, so that a backup can be restored
         if not done:
             initialize_from_data(network, np.concatenate([first["prev"], first["next"]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Callable
@@ -11,16 +12,19 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from qpwc_core.data.pipeline import Batch, PipelineConfig, validation_samples, worker_batches
+from qpwc_core.data.pipeline import PipelineConfig, flow_samples, validation_samples, worker_batches
 from qpwc_core.data.render import Sample
 from qpwc_core.data.scenes import SceneConfig
 from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
-from qpwc_core.model.initialization import initialize_from_data
+from qpwc_core.model.initialization import fit_embeddings, initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, full_flow
 from qpwc_core.training.trainer import FlowTrainer, make_optimizer
 
 Builder = Callable[..., keras.Model]
+
+#: Pairs that a fresh network is initialized from.
+FRESH_PAIRS = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,8 @@ class TrainConfig:
         motion: range of the scenes' typical motion in pixels. Matching is learned from motion of several
             cells of the finest level; sub-pixel motion alone teaches a new network to predict none.
         initial: weights to start from, or None.
+        refit_embeddings: pairs on which ``fit_embeddings`` sets the matching features of ``initial`` anew
+            before the first step; 0 leaves them. A fresh network's are always fitted.
         validation_size, validation_count: the synthetic validation set.
         workers: rendering processes.
     """
@@ -54,6 +60,7 @@ class TrainConfig:
     validation_textures: str | None = None
     motion: tuple[float, float] = (1.0, 40.0)
     initial: str | None = None
+    refit_embeddings: int = 0
     validation_size: tuple[int, int] = (384, 512)
     validation_count: int = 32
     workers: int = 1
@@ -180,13 +187,13 @@ def fit(
     directory: Path,
     *,
     build: Builder = build_network,
-    prepare: Callable[[Batch], None] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Path:
     """Runs or resumes Keras' loop with validation, backups and TensorBoard; returns the best weights' path.
 
     Args:
         build: builds the same kind of network at the validation size.
-        prepare: called with the first batch of a fresh run, before any step.
+        prepare: called before the first step of a fresh run.
     """
     trainer.compile(
         optimizer=make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay),
@@ -199,12 +206,12 @@ def fit(
     board = keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False)
     history = directory / "history.csv"
     done = int(history.read_text().strip().splitlines()[-1].split(",")[0]) if history.exists() else 0
+    if prepare and not done:
+        prepare()
+        trainer.reset_averages()
     # A resumed run must not see the same scenes again.
     with worker_batches(config.pipeline(), config.seed + done * 104_729, config.workers) as stream:
-        first = next(stream)  # unusable textures show here, before the long compilation
-        if prepare and not done:
-            prepare(first)
-            trainer.reset_averages()
+        next(stream)  # unusable textures show here, before the long compilation
         trainer.fit(
             as_dataset(stream, batch_signature(config)),
             epochs=-(-config.steps // config.epoch_steps),
@@ -229,21 +236,36 @@ def network_config(name: str) -> NetworkConfig:
     return OPERATING_POINTS[name]
 
 
-def claim_directory(directory: Path, config, network: NetworkConfig) -> None:
-    """Writes the run's config into its directory.
+def check_directory(directory: Path, network: NetworkConfig) -> None:
+    """Lets a run resume only in a directory of its own network.
 
     Raises:
-        ValueError: the directory holds a run of another network, or a config that cannot be read.
+        ValueError: the directory holds a run of another network.
     """
     existing = directory / "config.json"
     if existing.exists():
-        try:
-            before = NetworkConfig.from_mapping(json.loads(existing.read_text())["network"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{existing}: not the config of a training run ({error})") from error
+        before = NetworkConfig.from_mapping(json.loads(existing.read_text())["network"])
         if before != network:
             raise ValueError(f"{directory} holds a run of a different network; choose another directory")
-    write_config(directory, config, network)
+
+
+def start_from_data(network: keras.Model, point: NetworkConfig, config: TrainConfig) -> None:
+    """What happens to a network before its first step: see ``qpwc_core.model.initialization``."""
+    pairs = config.refit_embeddings if config.initial else FRESH_PAIRS
+    if not pairs:
+        return
+    source = config.pipeline()
+    rng = np.random.default_rng(config.seed)
+    samples = list(itertools.islice(flow_samples(source, source.load_textures(config.seed), rng), pairs))
+    images = np.stack([s.prev for s in samples] + [s.next for s in samples])
+    # The data-driven initialization runs the whole network, which may be built for a fixed batch.
+    anywhere = build_network(point, config.height, config.width)
+    anywhere.set_weights(network.get_weights())
+    if not config.initial:
+        initialize_from_data(anywhere, images)
+    visible = np.stack([s.valid & ~s.occluded for s in samples])
+    fit_embeddings(anywhere, point, images, np.stack([s.flow for s in samples]), visible)
+    network.set_weights(anywhere.get_weights())
 
 
 def train(config: TrainConfig, directory: Path) -> Path:
@@ -258,14 +280,10 @@ def train(config: TrainConfig, directory: Path) -> Path:
     point = network_config(config.network)
     keras.utils.set_random_seed(config.seed)
     network = build_network(point, config.height, config.width, batch=config.batch)
-    prepare = None
     if config.initial:
         network.load_weights(config.initial)
-    else:
-
-        def prepare(batch: Batch) -> None:
-            initialize_from_data(network, np.concatenate([batch["prev"], batch["next"]]))
-
     # Last: options that do not work must not replace the config of a run that does.
-    claim_directory(directory, config, point)
-    return fit(FlowTrainer(network), point, config, directory, prepare=prepare)
+    check_directory(directory, point)
+    write_config(directory, config, point)
+    trainer = FlowTrainer(network)
+    return fit(trainer, point, config, directory, prepare=lambda: start_from_data(network, point, config))

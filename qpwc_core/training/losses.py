@@ -18,26 +18,27 @@ def endpoint_error(flow: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
 
 
 def masked_mean(values: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
-    """Mean of ``values`` (BxHxWx1) where ``valid`` (BxHxWx1, 0 or 1); 0 if nothing is valid.
+    """Mean of ``values`` (BxHxWx1) weighted by ``valid`` (BxHxWx1, 0 to 1); 0 if nothing is valid.
 
     Invalid values are replaced, not multiplied by zero: they may be infinite or NaN.
     """
     kept = tf.where(valid > 0, values, tf.zeros_like(values))
-    return tf.reduce_sum(kept) / tf.maximum(tf.reduce_sum(valid), 1.0)
+    return tf.reduce_sum(kept * valid) / tf.maximum(tf.reduce_sum(valid), 1.0)
 
 
 def downsample_flow(flow: tf.Tensor, valid: tf.Tensor, factor: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean of the valid vectors of each factor x factor cell, still in pixels of the input.
+    """Weighted mean of the valid vectors of each factor x factor cell, still in pixels of the input.
 
     Returns:
-        flow BxH/factor x W/factor x2, and valid (1 where the cell has any valid pixel).
+        flow BxH/factor x W/factor x2, and the mean weight of the cell's valid pixels (0 if it has none).
     """
-    total = tf.nn.avg_pool2d(tf.where(valid > 0, flow, tf.zeros_like(flow)), factor, factor, "VALID")
-    share = tf.nn.avg_pool2d(valid, factor, factor, "VALID")
-    return total / tf.maximum(share, 1e-6), tf.cast(share > 0, tf.float32)
+    total = tf.nn.avg_pool2d(tf.where(valid > 0, flow, tf.zeros_like(flow)) * valid, factor, factor, "VALID")
+    weight = tf.nn.avg_pool2d(valid, factor, factor, "VALID")
+    share = tf.nn.avg_pool2d(tf.cast(valid > 0, tf.float32), factor, factor, "VALID")
+    return total / tf.maximum(weight, 1e-6), weight / tf.maximum(share, 1e-6)
 
 
-def matching_loss(cost: tf.Tensor, residual: tf.Tensor, valid: tf.Tensor, sharpness: float = 10.0) -> tf.Tensor:
+def matching_loss(cost: tf.Tensor, residual: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
     """Cross-entropy of a cost volume's softmax against the true shift.
 
     The endpoint error reaches the features only through the decoders, which at first ignore them; this term
@@ -45,20 +46,19 @@ def matching_loss(cost: tf.Tensor, residual: tf.Tensor, valid: tf.Tensor, sharpn
     a mixture of its four neighbours. Pixels whose shift lies outside of the search window do not count.
 
     Args:
-        cost: BxHxWx(2r+1)^2 cosines, ordered as ``CostVolume`` does.
+        cost: BxHxWx(2r+1)^2, as ``CostVolume`` returns it.
         residual: BxHxWx2, true flow minus the flow the features were warped by, in pixels of the level.
-        valid: BxHxWx1, 0 or 1.
-        sharpness: factor on the cosines before the softmax.
+        valid: BxHxWx1, 0 to 1; below one half (mostly occluded) there is nothing to match.
     """
     size = int(round(cost.shape[-1] ** 0.5))
     radius = size // 2
     inside = tf.reduce_all(tf.abs(residual) < radius, axis=-1, keepdims=True)
-    valid = valid * tf.cast(inside, tf.float32)
+    valid = tf.cast(inside & (valid > 0.5), tf.float32)
     position = tf.range(-radius, radius + 1, dtype=tf.float32)
     # Bilinear weights are the outer product of two hat functions.
     weight_x = tf.maximum(1.0 - tf.abs(position - residual[..., 0:1]), 0.0)
     weight_y = tf.maximum(1.0 - tf.abs(position - residual[..., 1:2]), 0.0)
-    log_share = tf.nn.log_softmax(cost * sharpness, axis=-1)
+    log_share = tf.nn.log_softmax(cost, axis=-1)
     log_share = tf.reshape(log_share, [*cost.shape[:3], size, size])
     entropy = -tf.reduce_sum(log_share * weight_y[..., :, tf.newaxis] * weight_x[..., tf.newaxis, :], axis=[-2, -1])
     return masked_mean(entropy[..., tf.newaxis], valid)
@@ -80,7 +80,7 @@ def multiscale_loss(
 
     Args:
         flows: ``flow_l`` in level pixels, as the network returns them.
-        target: BxHxWx2, pixels; valid: BxHxWx1, 0 or 1.
+        target: BxHxWx2, pixels; valid: BxHxWx1, the weight of each pixel, 0 to 1.
         coarse_weight: weight of each coarser level; the finest has weight 1.
 
     Returns:

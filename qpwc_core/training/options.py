@@ -15,7 +15,7 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
         choices = [t for t in typing.get_args(kind) if t is not type(None)]
         options: dict = {"default": field.default, "help": f"default: {field.default}"}
         if typing.get_origin(kind) is tuple:
-            options.update(type=choices[0], nargs=len(choices))
+            options.update(type=choices[0], nargs="+" if Ellipsis in choices else len(choices))
         else:
             options["type"] = choices[0] if choices else kind
         parser.add_argument("--" + field.name.replace("_", "-"), **options)

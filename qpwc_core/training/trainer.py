@@ -83,6 +83,8 @@ class FlowTrainer(keras.Model):
             tf.Variable(v, trainable=False, name=f"average_{i}") for i, v in enumerate(network.trainable_variables)
         ]
         self.skipped = tf.Variable(0, trainable=False, dtype=tf.int64, name="skipped_steps")
+        # Every variable exists already; Keras' backup restores only a model that says so.
+        self.built = True
         self._means = {name: keras.metrics.Mean(name=name) for name in ("loss", "epe", "zero_flow", "matching", "gradient_norm")}
 
     @property
