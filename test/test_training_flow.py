@@ -72,9 +72,8 @@ def test_downsampling_averages_the_valid_vectors_of_each_cell():
 
 def true_flows(dx: float, dy: float) -> dict[str, tf.Tensor]:
     """Level 2 and 3 of a constant flow over 32x48 pixels."""
-    return {
-        f"flow_{level}": tf.constant(constant(32 >> level, 48 >> level, dx, dy) / 2**level) for level in (2, 3)
-    }
+    fields = {level: constant(32 >> level, 48 >> level, dx, dy) / 2**level for level in (2, 3)}
+    return {f"flow_{level}": tf.constant(field) for level, field in fields.items()}
 
 
 def test_the_true_flow_has_almost_no_loss_and_a_finite_gradient():

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from qpwc_core.errors import QpwcError
 from qpwc_core.training.options import add_options, parse_config
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from qpwc_core.errors import QpwcError
 from qpwc_core.flow_color import flow_to_color
 from qpwc_core.images import write_image

@@ -240,11 +240,14 @@ def check_directory(directory: Path, network: NetworkConfig) -> None:
     """Lets a run resume only in a directory of its own network.
 
     Raises:
-        ValueError: the directory holds a run of another network.
+        ValueError: the directory holds a run of another network, or a config that cannot be read.
     """
     existing = directory / "config.json"
     if existing.exists():
-        before = NetworkConfig.from_mapping(json.loads(existing.read_text())["network"])
+        try:
+            before = NetworkConfig.from_mapping(json.loads(existing.read_text())["network"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{existing}: not the config of a training run ({error})") from error
         if before != network:
             raise ValueError(f"{directory} holds a run of a different network; choose another directory")
 
