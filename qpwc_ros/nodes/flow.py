@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import Trigger
 
@@ -544,11 +546,15 @@ def main(args: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; returns the exit code."""
     use_large_shared_memory()
     node, initialized = None, False
+    # Not rclpy's own handlers: they shut the context down at once, under a worker that may be publishing.
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
-        rclpy.init(args=args)
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         initialized = True
         node = FlowNode()
-        _spin(node)
+        _spin(node, stop)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except ParameterError as error:
@@ -572,12 +578,13 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _spin(node: FlowNode) -> None:
+def _spin(node: FlowNode, stop: threading.Event) -> None:
     executor = SingleThreadedExecutor()
     executor.add_node(node)
-    while rclpy.ok():
+    while rclpy.ok() and not stop.is_set():
         try:
-            executor.spin()
+            # A signal is seen between waits.
+            executor.spin_once(timeout_sec=0.1)
         except (KeyboardInterrupt, ExternalShutdownException):
             return
         except Exception as error:  # of rclpy itself: our callbacks are guarded
