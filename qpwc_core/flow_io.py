@@ -1,4 +1,4 @@
-"""Reading and writing flow fields: Middlebury .flo, KITTI 16-bit .png, numpy .npy.
+"""Reading and writing flow fields: Middlebury .flo, KITTI 16-bit .png, FlyingThings3D .pfm, numpy .npy.
 
 Every reader returns `(flow, valid)`: float32 (H, W, 2) pixels (dx, dy), zero where unknown, and bool
 (H, W), false where unknown. Writing is atomic.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ _Path = str | os.PathLike[str]
 # Middlebury: http://vision.middlebury.edu/flow/code/flow-code/README.txt
 _FLO_MAGIC = b"PIEH"  # 202021.25 as a little-endian float
 _FLO_HEADER_BYTES = 12
-_FLO_MAX_SIDE = 99_999
+_MAX_SIDE = 99_999
 _FLO_UNKNOWN = 1e10
 _FLO_UNKNOWN_ABOVE = 1e9
 
@@ -31,18 +32,22 @@ _FLO_UNKNOWN_ABOVE = 1e9
 _KITTI_SCALE = 64.0
 _KITTI_OFFSET = 2.0**15
 
+# Portable float map, http://www.pauldebevec.com/Research/HDR/PFM/: "PF" (3 channels), width and height, a
+# scale whose sign is the byte order (negative: little-endian), then the rows from bottom to top.
+_PFM_HEADER = re.compile(rb"PF\s+(\d{1,9})\s+(\d{1,9})\s+([-+]?\d[-+.eE\d]*)\s")
+
 
 def read_flow(path: _Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads a flow file in the format of its suffix.
 
     Returns:
       flow: float32 (H, W, 2), pixels, 0 where not valid.
-      valid: bool (H, W). Not valid are: in .flo values beyond 1e9 or NaN, in .npy values that are
-        not finite, in KITTI's .png pixels whose third channel is 0.
+      valid: bool (H, W). Not valid are: in .flo values beyond 1e9 or NaN, in .npy and .pfm values that
+        are not finite, in KITTI's .png pixels whose third channel is 0.
 
     Raises:
       OSError: The file cannot be opened.
-      FormatError: The suffix is none of .flo, .png, .npy, or the file is damaged or something else.
+      FormatError: The suffix is none of .flo, .png, .pfm, .npy, or the file is damaged or something else.
     """
     decode, _ = _codec(path)
     flow, valid = decode(path, Path(path).read_bytes())
@@ -54,7 +59,7 @@ def write_flow(path: _Path, flow: np.ndarray, valid: np.ndarray | None = None) -
     """Writes a flow field in the format of the path's suffix.
 
     Args:
-      path: Ends in .flo, .png (KITTI) or .npy.
+      path: Ends in .flo, .png (KITTI), .pfm (third channel 0) or .npy.
       flow: Float (H, W, 2), pixels. KITTI's .png holds 1/64-pixel steps from -512 to just below 512.
       valid: Bool (H, W), false where the flow is unknown; all known by default.
 
@@ -80,20 +85,23 @@ def _read_flo(path: _Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     if len(content) < _FLO_HEADER_BYTES:
         raise FormatError(f"{path}: truncated, {len(content)} bytes where the header has {_FLO_HEADER_BYTES}")
     width, height = (int(side) for side in np.frombuffer(content, "<i4", 2, offset=4))
-    if not (0 < width <= _FLO_MAX_SIDE and 0 < height <= _FLO_MAX_SIDE):
-        raise FormatError(f"{path}: impossible size {width}x{height}")
-    expected = _FLO_HEADER_BYTES + 8 * width * height
-    if len(content) != expected:
-        problem = "truncated" if len(content) < expected else "too long"
-        raise FormatError(f"{path}: {problem}, {len(content)} bytes where {width}x{height} needs {expected}")
+    _check_length(path, content, width, height, _FLO_HEADER_BYTES + 8 * width * height)
     flow = np.frombuffer(content, "<f4", offset=_FLO_HEADER_BYTES).reshape(height, width, 2)
     return flow.astype(np.float32), (np.abs(flow) < _FLO_UNKNOWN_ABOVE).all(axis=-1)  # NaN < x is false
 
 
+def _check_length(path: _Path, content: bytes, width: int, height: int, expected: int) -> None:
+    if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
+        raise FormatError(f"{path}: impossible size {width}x{height}")
+    if len(content) != expected:
+        problem = "truncated" if len(content) < expected else "too long"
+        raise FormatError(f"{path}: {problem}, {len(content)} bytes where {width}x{height} needs {expected}")
+
+
 def _write_flo(path: _Path, flow: np.ndarray, valid: np.ndarray) -> bytes:
     height, width = valid.shape
-    if max(height, width) > _FLO_MAX_SIDE:
-        raise FormatError(f"{path}: .flo holds at most {_FLO_MAX_SIDE} pixels a side, got {width}x{height}")
+    if max(height, width) > _MAX_SIDE:
+        raise FormatError(f"{path}: .flo holds at most {_MAX_SIDE} pixels a side, got {width}x{height}")
     known = np.where(valid[..., None], flow, np.float32(_FLO_UNKNOWN))
     return _FLO_MAGIC + np.array([width, height], "<i4").tobytes() + known.astype("<f4").tobytes()
 
@@ -129,6 +137,27 @@ def _write_kitti(path: _Path, flow: np.ndarray, valid: np.ndarray) -> bytes:
     return content.tobytes()
 
 
+def _read_pfm(path: _Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    header = _PFM_HEADER.match(content)
+    if header is None:
+        raise FormatError(f"{path}: not a .pfm file of 3 channels (its header is not that of 'PF')")
+    width, height = int(header[1]), int(header[2])
+    _check_length(path, content, width, height, header.end() + 12 * width * height)
+    order = "<" if header[3].startswith(b"-") else ">"
+    rows = np.frombuffer(content, order + "f4", offset=header.end()).reshape(height, width, 3)
+    flow = rows[::-1, :, :2].astype(np.float32)
+    return flow, np.isfinite(flow).all(axis=-1)
+
+
+def _write_pfm(path: _Path, flow: np.ndarray, valid: np.ndarray) -> bytes:
+    height, width = valid.shape
+    if max(height, width) > _MAX_SIDE:
+        raise FormatError(f"{path}: .pfm holds at most {_MAX_SIDE} pixels a side, got {width}x{height}")
+    channels = np.zeros((height, width, 3), "<f4")
+    channels[..., :2] = np.where(valid[..., None], flow, np.float32(np.nan))
+    return f"PF\n{width} {height}\n-1.0\n".encode() + channels[::-1].tobytes()
+
+
 def _read_npy(path: _Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
         flow = np.load(io.BytesIO(content), allow_pickle=False)
@@ -153,6 +182,7 @@ _Writer = Callable[[_Path, np.ndarray, np.ndarray], bytes]
 _CODECS: dict[str, tuple[_Reader, _Writer]] = {
     ".flo": (_read_flo, _write_flo),
     ".png": (_read_kitti, _write_kitti),
+    ".pfm": (_read_pfm, _write_pfm),
     ".npy": (_read_npy, _write_npy),
 }
 FLOW_SUFFIXES = tuple(_CODECS)

@@ -52,6 +52,18 @@ def resize_flow(flow: np.ndarray, height: int, width: int) -> np.ndarray:
     return _resize(flow * scale, height, width)
 
 
+def leaves_frame(flow: np.ndarray) -> np.ndarray:
+    """Where a flow, float (H, W, 2) in pixels, points outside of the next image: bool (H, W).
+
+    The image reaches half a pixel beyond the centres of its outermost pixels.
+    """
+    check_flow(flow)
+    height, width = flow.shape[:2]
+    target = pixel_grid(height, width) + flow
+    inside = (target >= -0.5) & (target <= np.array([width - 0.5, height - 0.5], np.float32))
+    return ~inside.all(axis=-1)
+
+
 def warp_image(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """Fetches each pixel from where its flow points: `out[y, x] = image[y + dy, x + dx]`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -14,6 +15,14 @@ from qpwc_core.geometry import check_flow, pixel_grid, warp_image
 # |F + B'|² > 0.01 (|F|² + |B'|²) + 0.5, with B' the backward flow at the point's end.
 _SUNDARAM_RELATIVE = 0.01
 _SUNDARAM_ABSOLUTE_PX2 = 0.5
+
+DISPLACEMENT_EDGES_PX = (10.0, 40.0)
+"""Lengths of the true flow that part the bands of `epe_by_band`, pixels."""
+
+# Neighbours whose grey levels differ by no more than this count as equal in the census transform: about the
+# noise of a camera, without which flat areas would compare noise with noise.
+_CENSUS_SAME_LEVELS = 4
+_CENSUS_RADIUS = 2
 
 
 def epe(pred: np.ndarray, gt: np.ndarray, valid: np.ndarray | None = None) -> float:
@@ -47,6 +56,30 @@ def fl_all(pred: np.ndarray, gt: np.ndarray, valid: np.ndarray | None = None) ->
     """
     error, magnitude = _errors(pred, gt, valid)
     return float(np.mean(~((error <= 3.0) | (error <= 0.05 * magnitude))))
+
+
+def epe_by_band(
+    pred: np.ndarray,
+    gt: np.ndarray,
+    valid: np.ndarray | None = None,
+    *,
+    edges: tuple[float, ...] = DISPLACEMENT_EDGES_PX,
+) -> list[tuple[float, int]]:
+    """End-point error by true displacement, as MPI Sintel's s0-10, s10-40 and s40+.
+
+    Args:
+      pred, gt, valid: As in `epe`.
+      edges: Increasing lengths, pixels, that part the bands; a length on an edge is in the higher band.
+
+    Returns:
+      For each of the len(edges) + 1 bands (sum of end-point errors in pixels, number of pixels), so that
+      images can be added up. A prediction that is not finite makes its band's sum NaN.
+    """
+    error, magnitude = _errors(pred, gt, valid)
+    band = np.digitize(magnitude, edges)
+    counts = np.bincount(band, minlength=len(edges) + 1)
+    sums = np.bincount(band, error, len(edges) + 1)
+    return [(float(total), int(count)) for total, count in zip(sums, counts)]
 
 
 def _errors(pred: np.ndarray, gt: np.ndarray, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -148,3 +181,128 @@ def forward_backward_confidence(forward: np.ndarray, backward: np.ndarray) -> np
         inside = np.minimum(np.minimum(x, width - 1 - x), np.minimum(y, height - 1 - y))  # negative outside
         confidence *= np.clip(1 + inside, 0, 1)
     return np.nan_to_num(confidence, copy=False, nan=0.0)
+
+
+def coverage_mask(flow: np.ndarray) -> np.ndarray:
+    """Where the flow is finite and ends inside the image: bool (H, W)."""
+    check_flow(flow)
+    height, width = flow.shape[:2]
+    x, y = cv2.split(pixel_grid(height, width))
+    with np.errstate(invalid="ignore"):
+        x, y = x + flow[..., 0], y + flow[..., 1]
+        return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)  # NaN compares false
+
+
+def photometric_error(image: np.ndarray, reference: np.ndarray, valid: np.ndarray | None = None) -> float:
+    """Mean absolute difference of two uint8 images of one shape, in grey levels (0..255).
+
+    Args:
+      image, reference: uint8 (H, W) or (H, W, C).
+      valid: Bool (H, W); all pixels by default.
+
+    Raises:
+      ValueError: Shapes or dtypes are wrong, or no pixel is valid.
+    """
+    _check_images(image, reference)
+    difference = cv2.absdiff(image, reference)
+    if valid is None:
+        return float(np.mean(difference, dtype=np.float64))
+    _check_mask(valid, reference)
+    return float(np.mean(difference[valid], dtype=np.float64))
+
+
+def census_error(image: np.ndarray, reference: np.ndarray, valid: np.ndarray | None = None) -> float:
+    """Share (0..1) of neighbour comparisons in which two images differ; blind to changes of brightness.
+
+    The census transform of Zabih and Woodfill (ECCV 1994) over 5×5 pixels, ternary as in Stein (DAGM 2004):
+    each neighbour is darker than the centre, brighter, or within 4 grey levels of it.
+
+    Args:
+      image, reference: uint8 (H, W) or RGB (H, W, 3), H, W ≥ 5.
+      valid: Bool (H, W); all pixels by default. The outermost two pixels never count.
+
+    Raises:
+      ValueError: Shapes or dtypes are wrong, or no pixel is valid.
+    """
+    _check_images(image, reference)
+    height, width = image.shape[:2]
+    radius = _CENSUS_RADIUS
+    if min(height, width) <= 2 * radius:
+        raise ValueError(f"census_error needs at least {2 * radius + 1} pixels a side, got {image.shape}")
+    if valid is None:
+        valid = np.ones((height, width), bool)
+    _check_mask(valid, reference)
+    valid = valid[radius:-radius, radius:-radius]
+    if not valid.any():
+        raise ValueError("no pixel is valid")
+    grey = [
+        (cv2.cvtColor(array, cv2.COLOR_RGB2GRAY) if array.ndim == 3 else array).astype(np.int16)
+        for array in (image, reference)
+    ]
+    centres = [array[radius:-radius, radius:-radius] for array in grey]
+    different, comparisons = 0, 0
+    for dy in range(2 * radius + 1):
+        for dx in range(2 * radius + 1):
+            if dy == dx == radius:
+                continue
+            signs = []
+            for array, centre in zip(grey, centres):
+                step = array[dy : dy + centre.shape[0], dx : dx + centre.shape[1]] - centre
+                signs.append((step > _CENSUS_SAME_LEVELS).view(np.int8) - (step < -_CENSUS_SAME_LEVELS))
+            different += int(np.count_nonzero((signs[0] != signs[1]) & valid))
+            comparisons += 1
+    return different / (comparisons * int(np.count_nonzero(valid)))
+
+
+def _check_mask(valid: np.ndarray, reference: np.ndarray) -> None:
+    if valid.shape != reference.shape[:2] or valid.dtype != bool:
+        raise ValueError(
+            f"valid must be bool of shape {reference.shape[:2]}, got {valid.dtype} {valid.shape}"
+        )
+    if not valid.any():
+        raise ValueError("no pixel is valid")
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Confidence interval of the mean of a series, by the percentile bootstrap.
+
+    Neighbouring values of a recording resemble each other, so whole blocks of about n^(1/3) consecutive
+    values are drawn, from the series closed to a circle (Politis and Romano, "A circular block-resampling
+    procedure for stationary data", 1992); single values would give too narrow an interval.
+
+    Args:
+      values: (n,) finite numbers, n ≥ 1, in the order they were measured.
+      level: Probability that the interval shall cover the true mean, in (0, 1).
+      resamples: How many means are drawn.
+      seed: Of the random numbers; the same seed and values give the same interval.
+
+    Returns:
+      (low, high); both the value itself where there is only one.
+
+    Raises:
+      ValueError: There are no values, one is not finite, or `level` is out of range.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"values must be finite numbers in one dimension, at least one, got {values.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    count = len(values)
+    block = max(1, round(count ** (1 / 3)))
+    closed = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
+    block_means = (closed[block:] - closed[:-block]) / block  # (n,): from each value on
+    generator = np.random.default_rng(seed)
+    draws = -(-count // block)
+    means = np.empty(resamples)
+    at_once = max(1, 2**20 // draws)  # bounds the memory
+    for start in range(0, resamples, at_once):
+        part = means[start : start + at_once]
+        part[:] = block_means[generator.integers(count, size=(len(part), draws))].mean(axis=1)
+    low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)

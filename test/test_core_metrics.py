@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 from core_scenes import MovingSquare, constant_flow, texture
 
-from qpwc_core.metrics import epe, fl_all, forward_backward_confidence, outlier_rate, psnr, ssim
+from qpwc_core.metrics import (
+    bootstrap_interval,
+    census_error,
+    coverage_mask,
+    epe,
+    epe_by_band,
+    fl_all,
+    forward_backward_confidence,
+    outlier_rate,
+    photometric_error,
+    psnr,
+    ssim,
+)
 
 
 def test_epe_is_the_mean_distance():
@@ -115,3 +127,88 @@ def test_confidence_of_flow_that_is_not_finite_is_zero():
     confidence = forward_backward_confidence(forward, np.zeros_like(forward))
     assert np.isfinite(confidence).all()
     assert confidence[2, 3] == confidence[4, 5] == 0 and confidence[6, 6] == 1
+
+
+def test_error_by_band_of_true_displacement():
+    gt = np.zeros((1, 5, 2), np.float32)
+    gt[0, :, 0] = 0, 9.99, 10, 39, 41
+    pred = gt + np.array([1, 2, 3, 4, 5], np.float32)[None, :, None] * np.float32([0, 1])
+    bands = epe_by_band(pred, gt)
+    assert [count for _, count in bands] == [2, 2, 1]
+    assert [total for total, _ in bands] == pytest.approx([3, 7, 5])
+    only_last = np.array([[False] * 4 + [True]])
+    assert epe_by_band(pred, gt, only_last)[:2] == [(0, 0), (0, 0)]
+
+
+def test_coverage_is_where_the_flow_ends_inside():
+    assert coverage_mask(constant_flow(6, 8, 0, 0)).all()
+    mask = coverage_mask(constant_flow(6, 8, 3, -2))
+    assert mask[2:, :5].all() and not mask[:2].any() and not mask[:, 5:].any()
+    flow = constant_flow(6, 8, 0, 0)
+    flow[1, 1], flow[2, 2] = np.nan, np.inf
+    assert np.argwhere(~coverage_mask(flow)).tolist() == [[1, 1], [2, 2]]
+
+
+def test_photometric_error_is_in_grey_levels():
+    image = np.full((8, 8, 3), 100, np.uint8)
+    other = image.copy()
+    other[:, :4] -= 10
+    assert photometric_error(image, image) == 0
+    assert photometric_error(other, image) == 5
+    left = np.zeros((8, 8), bool)
+    left[:, :4] = True
+    assert photometric_error(other, image, left) == 10
+    with pytest.raises(ValueError, match="no pixel"):
+        photometric_error(other, image, np.zeros((8, 8), bool))
+
+
+def test_census_error_sees_structure_and_not_brightness():
+    rng = np.random.default_rng(0)
+    image = (rng.integers(0, 8, (40, 50)) * 20).astype(np.uint8)  # steps of 0 or ≥ 20, far from the margin of 4
+    assert census_error(image, image) == 0
+    assert census_error(image + np.uint8(50), image) == 0
+    # Negated, every neighbour that is darker becomes brighter: all comparisons differ but those of equals.
+    steps = [
+        image[2 + dy : 38 + dy, 2 + dx : 48 + dx] != image[2:38, 2:48]
+        for dy in range(-2, 3)
+        for dx in range(-2, 3)
+        if (dy, dx) != (0, 0)
+    ]
+    assert census_error(255 - image, image) == pytest.approx(np.mean(steps))
+    flat = np.full((40, 50), 100, np.uint8)
+    assert census_error(flat + rng.integers(-2, 3, flat.shape).astype(np.uint8), flat) == 0  # noise
+    far = np.zeros((40, 50), bool)
+    far[30:, :] = True
+    damaged = image.copy()
+    damaged[:20] = 0
+    assert census_error(damaged, image, far) == 0 < census_error(damaged, image, ~far)
+    rgb = np.dstack([image] * 3)
+    assert census_error(255 - rgb, rgb) == census_error(255 - image, image)
+    with pytest.raises(ValueError, match="5 pixels"):
+        census_error(image[:4], image[:4])
+
+
+def test_bootstrap_interval_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(1).normal(5, 2, 4000)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15 * half)
+    assert bootstrap_interval(values) == (low, high)  # the same each time
+    narrow = bootstrap_interval(values, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_interval_heeds_that_neighbours_resemble_each_other():
+    rng = np.random.default_rng(2)
+    alone = rng.normal(size=500)
+    runs = np.repeat(rng.normal(size=100), 5)
+    wide, narrow = (np.diff(bootstrap_interval(v))[0] / v.std() for v in (runs, alone))
+    assert wide > 1.5 * narrow
+
+
+def test_bootstrap_interval_of_little():
+    assert bootstrap_interval([3.0]) == (3, 3)
+    assert bootstrap_interval([2.0, 2.0, 2.0]) == (2, 2)
+    for wrong in ([], [1.0, math.nan], [[1.0]]):
+        with pytest.raises(ValueError, match="finite"):
+            bootstrap_interval(wrong)

@@ -95,6 +95,18 @@ def test_banks_keep_validation_pictures_out_of_training(tmp_path, monkeypatch):
     assert [len(bank.photos) - 1 for bank in banks] == expected
 
 
+def test_a_damaged_zip_of_pictures_is_refused_by_name(tmp_path):
+    path = tmp_path / "pictures.pk3"
+    with zipfile.ZipFile(path, "w") as archive:
+        data = cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[1]
+        archive.writestr("picture.png", data.tobytes())
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:200] + bytes(100) + whole[300:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="pictures.pk3: a damaged zip archive"):
+            textures.build_banks([path])
+
+
 def test_transparent_pictures_become_cutouts_and_keep_their_colours(tmp_path, monkeypatch):
     original = textures.procedural_bank
     monkeypatch.setattr(textures, "procedural_bank", lambda seed, photos: original(seed, 1, 1))

@@ -358,6 +358,7 @@ def test_the_mean_error_counts_valid_pixels_only():
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"motion": (5.0, 1.0)}, "motion must be two positive numbers"),
         ({"motion": (0.0, 1.0)}, "motion must be two positive numbers"),
+        ({"dataset": "chairs"}, "both its name"),
     ],
 )
 def test_training_options_that_cannot_work_are_refused(changes, reason):
@@ -388,6 +389,20 @@ def test_missing_textures_end_training_with_one_line(tmp_path, textures, single_
     error = capsys.readouterr().err
     assert error.startswith("train: ") and "missing.npz" in error and error.count("\n") == 1
     assert not list(tmp_path.glob("run/*.h5"))
+
+
+def test_a_data_set_reaches_the_rendering_processes(tmp_path, textures, single_point, capsys):
+    """What is wrong with it ends training with one line, before anything is compiled."""
+    config = loop.TrainConfig(dataset="hd1k", dataset_root="data", scene_share=0.25)
+    pipeline = config.pipeline()
+    assert (pipeline.dataset, pipeline.dataset_root, pipeline.scene_share) == ("hd1k", "data", 0.25)
+    options = ["-o", str(tmp_path / "run"), "--network", "single", "--height", "64", "--width", "64"]
+    options += ["--validation-textures", textures, "--initial", str(tmp_path / "start.weights.h5")]
+    options += "--validation-size 64 64 --validation-count 1 --workers 1".split()
+    build_network(SINGLE, 64, 64).save_weights(tmp_path / "start.weights.h5")
+    assert program("train").main([*options, "--dataset", "hd1k", "--dataset-root", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"train: {tmp_path}: not HD1K") and error.count("\n") == 1
 
 
 def run_program(*arguments: str) -> subprocess.CompletedProcess:
@@ -426,7 +441,8 @@ def test_the_program_refuses_a_damaged_archive(tmp_path, textures):
     assert line.startswith(f"train: {damaged}: not a texture archive")
 
 
-def test_the_program_refuses_unknown_options():
+@pytest.mark.parametrize("options", [["--bacth", "3"], ["--dataset", "kitty"]])
+def test_the_program_refuses_unknown_options(options):
     with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(None):
-        program("train").main(["--bacth", "3"])
+        program("train").main(options)
     assert caught.value.code == 2

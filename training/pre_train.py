@@ -1,7 +1,8 @@
 """Pretrains a flow network on frame interpolation, which needs no flow labels; run again to resume.
 
     python training/pre_train.py                                # no data needed: rendered scenes
-    python training/pre_train.py --videos one.mp4 two.mp4
+    python training/pre_train.py --videos one.mp4 directory/of/pictures recording.mcap
+    python training/pre_train.py --dataset vimeo90k --dataset-root DIR
     python training/train.py --initial out/pre_train/qpwc_fast/best.weights.h5
 """
 

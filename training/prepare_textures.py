@@ -38,14 +38,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare_textures: no such file or directory: {', '.join(missing)}", file=sys.stderr)
         return 2
     sources = args.sources or [Path(source) for source in DEBIAN_SOURCES if Path(source).exists()]
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name, bank in zip(("train", "validation"), textures.build_banks(sources, args.seed)):
-        path = args.output / f"{name}.npz"
-        textures.save_bank(path, bank)
-        print(
-            f"{path}: {len(bank.photos)} photographs and patterns, {len(bank.cutouts)} cut-outs, "
-            f"{len(bank.masks)} shapes, {path.stat().st_size / 1e6:.1f} MB"
-        )
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name, bank in zip(("train", "validation"), textures.build_banks(sources, args.seed)):
+            path = args.output / f"{name}.npz"
+            textures.save_bank(path, bank)
+            print(
+                f"{path}: {len(bank.photos)} photographs and patterns, {len(bank.cutouts)} cut-outs, "
+                f"{len(bank.masks)} shapes, {path.stat().st_size / 1e6:.1f} MB"
+            )
+    except (ValueError, OSError) as error:
+        print(f"prepare_textures: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Trains a flow network on synthetic scenes; run again to resume.
+"""Trains a flow network on synthetic scenes or on a data set; run again to resume.
 
     python training/train.py                                    # no data needed: procedural textures
     python training/train.py --textures out/textures/train.npz --validation-textures out/textures/validation.npz
+    python training/train.py --dataset sintel-final --dataset-root DIR --initial models/qpwc_fast.weights.h5
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 # The package beside this program, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qpwc_core.errors import QpwcError
 from qpwc_core.training.options import add_options, parse_config
 
 
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse_config(args, TrainConfig)
         best = train(config, args.output or Path("out/train") / config.network)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, QpwcError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     print(f"best weights: {best}")

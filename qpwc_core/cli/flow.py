@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="OUT",
         type=common.PathWithSuffix(*FLOW_SUFFIXES),
-        help="flow file: .flo (Middlebury), .png (KITTI, 16 bit) or .npy; pixels (dx, dy), PREV to NEXT",
+        help="flow file: .flo (Middlebury), .png (KITTI, 16 bit), .pfm or .npy; pixels (dx, dy), PREV to NEXT",
     )
     parser.add_argument(
         "--color",

@@ -1,4 +1,4 @@
-"""Endless batches of rendered, augmented samples from worker processes."""
+"""Endless batches of augmented samples, rendered or of a data set, from worker processes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from typing import Iterator, Mapping
 import numpy as np
 
 from qpwc_core.data.augment import AugmentConfig, augment
+from qpwc_core.data.datasets import FLOW_DATASETS, read_endlessly
+from qpwc_core.data.geometric import CropConfig, random_crop
 from qpwc_core.data.render import Sample, render, render_triplet
 from qpwc_core.data.scenes import SceneConfig, sample_scene
 from qpwc_core.data.textures import TextureBank, load_bank, procedural_bank
+from qpwc_core.errors import QpwcError
 
 Batch = dict[str, np.ndarray]
 
@@ -27,13 +30,18 @@ class PipelineConfig:
     """What a worker needs to make batches.
 
     Attributes:
-        scene, augment: see their classes.
+        scene, augment, crop: see their classes; ``crop`` is for data sets.
         textures: texture archive, or None for procedural patterns only.
         batch: samples per batch.
-        reuse: samples drawn from each rendered scene (mirrored and toned differently), to spare rendering.
+        reuse: samples drawn from each rendered scene (mirrored and toned differently) or from each pair read
+            (cropped differently), to spare rendering and reading.
         occluded_weight: weight in the loss of pixels whose target is hidden or outside of the frame: their
             flow can only be guessed, and its large errors would drown what can be learned.
         triplets: make {"prev", "middle", "next"} for interpolation instead of flow samples.
+        dataset: name in ``FLOW_DATASETS`` of what to take samples from instead of scenes, cut to the scenes'
+            height and width; None: scenes only.
+        dataset_root: its directory.
+        scene_share: with a data set, share (0..1) of samples that are rendered all the same.
     """
 
     scene: SceneConfig = SceneConfig()
@@ -43,6 +51,18 @@ class PipelineConfig:
     reuse: int = 2
     occluded_weight: float = 0.15
     triplets: bool = False
+    crop: CropConfig = CropConfig()
+    dataset: str | None = None
+    dataset_root: str | None = None
+    scene_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dataset is not None and self.dataset not in FLOW_DATASETS:
+            raise ValueError(f"unknown data set {self.dataset!r}; known: {', '.join(FLOW_DATASETS)}")
+        if (self.dataset is None) != (self.dataset_root is None):
+            raise ValueError("a data set needs both its name (dataset) and its directory (dataset_root)")
+        if not 0 <= self.scene_share <= 1:
+            raise ValueError(f"scene_share must lie between 0 and 1, got {self.scene_share}")
 
     @classmethod
     def from_mapping(cls, values: Mapping) -> "PipelineConfig":
@@ -51,10 +71,14 @@ class PipelineConfig:
         def build(config: type, fields: Mapping):
             return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
-        nested = {"scene": build(SceneConfig, values["scene"]), "augment": build(AugmentConfig, values["augment"])}
-        return build(cls, {**values, **nested})
+        nested = {"scene": SceneConfig, "augment": AugmentConfig, "crop": CropConfig}
+        built = {name: build(config, values[name]) for name, config in nested.items() if name in values}
+        return build(cls, {**values, **built})
 
-    def load_textures(self, seed: int) -> TextureBank:
+    def load_textures(self, seed: int) -> TextureBank | None:
+        """The scenes' textures; None where nothing is rendered."""
+        if self.dataset is not None and self.scene_share == 0:
+            return None
         return load_bank(Path(self.textures)) if self.textures else procedural_bank(seed)
 
 
@@ -73,12 +97,35 @@ def to_batch(samples: list[Sample], occluded_weight: float = 1.0) -> Batch:
     }
 
 
-def flow_samples(config: PipelineConfig, bank: TextureBank, rng: np.random.Generator) -> Iterator[Sample]:
-    """Endless augmented flow samples."""
+def _rendered_samples(
+    config: PipelineConfig, bank: TextureBank, rng: np.random.Generator
+) -> Iterator[Sample]:
     while True:
         sample = render(sample_scene(rng, config.scene, bank), bank)
         for _ in range(config.reuse):
-            yield augment(sample, rng, config.augment)
+            yield sample
+
+
+def _dataset_samples(config: PipelineConfig, rng: np.random.Generator) -> Iterator[Sample]:
+    pairs = FLOW_DATASETS[config.dataset](Path(config.dataset_root))
+    for sample in read_endlessly(pairs, rng):
+        for _ in range(config.reuse):
+            yield random_crop(sample, config.scene.height, config.scene.width, rng, config.crop)
+
+
+def flow_samples(
+    config: PipelineConfig, bank: TextureBank | None, rng: np.random.Generator
+) -> Iterator[Sample]:
+    """Endless augmented flow samples.
+
+    Args:
+        bank: what ``config.load_textures`` gives.
+    """
+    scenes = _rendered_samples(config, bank, rng)
+    dataset = _dataset_samples(config, rng)
+    while True:
+        render_one = config.dataset is None or (config.scene_share > 0 and rng.random() < config.scene_share)
+        yield augment(next(scenes if render_one else dataset), rng, config.augment)
 
 
 def triplet_batches(config: PipelineConfig, bank: TextureBank, rng: np.random.Generator) -> Iterator[Batch]:
@@ -118,7 +165,7 @@ def _work(config: PipelineConfig, seed: int, output: multiprocessing.connection.
             output.send(batch)
     except BrokenPipeError:
         return  # the parent is gone
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, QpwcError) as error:
         output.send(error)
 
 
@@ -130,7 +177,7 @@ def worker_batches(config: PipelineConfig, seed: int, workers: int) -> Iterator[
         workers: number of processes; 0 makes batches in the calling process.
 
     Raises (from the iterator):
-        ValueError, OSError: what a worker raised, e.g. for a texture archive that is missing or damaged.
+        ValueError, OSError, QpwcError: what a worker raised, e.g. for a file that is missing or damaged.
         ChildProcessError: a worker died.
     """
     if workers == 0:
@@ -183,7 +230,9 @@ def validation_samples(
     Photometric changes are on, as in training; the texture archive must be the validation one.
     """
     config = PipelineConfig(
-        scene=SceneConfig(height=height, width=width, motion=(0.5, 64.0), motion_limit=150.0),
+        scene=SceneConfig(
+            height=height, width=width, motion=(0.5, 64.0), motion_limit=150.0, bend_gradient=0.08, bend_share=0.3
+        ),
         textures=textures,
         reuse=1,
     )

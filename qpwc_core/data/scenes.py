@@ -26,6 +26,9 @@ class SceneConfig:
         motion: range of the scene's typical motion, drawn log-uniformly.
         motion_limit: no layer's centre moves farther than this.
         bend_chance: probability that a layer bends.
+        bend_gradient, bend_share: a bend's standard deviation is at most this share of the distance over which
+            it varies, and of the scene's typical motion. Strong bends of plain surfaces cannot be seen, only
+            guessed, and make learning slow.
     """
 
     height: int = 192
@@ -33,8 +36,10 @@ class SceneConfig:
     objects: tuple[int, int] = (2, 8)
     object_size: tuple[float, float] = (0.08, 0.9)
     motion: tuple[float, float] = (0.4, 32.0)
-    motion_limit: float = 110.0
+    motion_limit: float = 150.0
     bend_chance: float = 0.3
+    bend_gradient: float = 0.04
+    bend_share: float = 0.12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +153,10 @@ def _limit(motion: np.ndarray, centre: tuple[float, float], limit: float) -> np.
 
 
 def _bend(rng: np.random.Generator, strength: float, extent: float, config: SceneConfig) -> np.ndarray:
-    """Displacements on a coarse grid; the gradient stays below about 0.2 so that the map can be inverted."""
+    """Displacements on a coarse grid; their gradient stays well below 1, so that the map can be inverted."""
     grid = int(rng.integers(4, 8))
     cell = min(config.width, config.height) / (grid - 1)
-    amplitude = min(0.08 * cell, 0.3 * strength + 0.3)
+    amplitude = min(config.bend_gradient * cell, config.bend_share * strength + 0.3)
     return rng.normal(0, amplitude, (grid, grid, 2)).clip(-2 * amplitude, 2 * amplitude).astype(np.float32)
 
 

@@ -249,16 +249,23 @@ def _to_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def _pictures_in(path: Path) -> Iterable[tuple[str, np.ndarray]]:
-    """(name, RGB or RGBA picture) of a picture file, a zip of pictures, or the shots of a video."""
+    """(name, RGB or RGBA picture) of a picture file, a zip of pictures, or the shots of a video.
+
+    Raises:
+        ValueError: a zip archive that cannot be read.
+    """
     suffix = path.suffix.lower()
     if suffix in {".zip", ".pk3"}:
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if Path(name).suffix.lower() in PHOTO_SUFFIXES:
-                    data = np.frombuffer(archive.read(name), np.uint8)
-                    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-                    if image is not None and image.dtype == np.uint8:
-                        yield name, _to_rgb(image)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for name in sorted(archive.namelist()):
+                    if Path(name).suffix.lower() in PHOTO_SUFFIXES:
+                        data = np.frombuffer(archive.read(name), np.uint8)
+                        image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+                        if image is not None and image.dtype == np.uint8:
+                            yield name, _to_rgb(image)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path}: a damaged zip archive ({error})") from error
     elif suffix in VIDEO_SUFFIXES:
         capture = cv2.VideoCapture(str(path))
         total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))

@@ -1,4 +1,4 @@
-"""Triplets of frames for interpolation, from plain video files or rendered: one kind of batch.
+"""Triplets of frames for interpolation: from videos, of a data set, or rendered; one kind of batch.
 
 A batch is {"prev", "middle", "next"}, uint8 BxHxWx3 RGB each; the middle frame is half-way in time.
 """
@@ -9,22 +9,28 @@ import contextlib
 import dataclasses
 from collections import deque
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
 
+from qpwc_core.data.datasets import find_directory
+from qpwc_core.data.frames import open_frames
 from qpwc_core.data.pipeline import Batch, PipelineConfig, worker_batches
-from qpwc_core.video import VideoReader
+from qpwc_core.errors import FormatError
+from qpwc_core.images import read_image
 
 Triplet = tuple[np.ndarray, np.ndarray, np.ndarray]
+TripletFiles = tuple[Path, Path, Path]
 
 _CELL = 16  # pixels; frames are compared by the means of cells, which noise and small motion hardly change
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoConfig:
-    """How triplets are cut out of videos. Changes are in grey levels, of 16x16-pixel cells.
+    """How triplets are cut out of videos, and crops out of triplets.
+
+    Changes are in grey levels, of 16x16-pixel cells.
 
     Attributes:
         height, width, batch: the crops.
@@ -70,9 +76,13 @@ def continuous(means: Sequence[np.ndarray], config: VideoConfig) -> bool:
 
 
 def video_triplets(path: Path, config: VideoConfig, rng: np.random.Generator) -> Iterator[Triplet]:
-    """Triplets of whole frames from one pass through a video, in order, each with a random step."""
+    """Triplets of whole frames from one pass through a video, in order, each with a random step.
+
+    Args:
+        path: whatever ``open_frames`` takes.
+    """
     window: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=2 * config.steps[1] + 1)
-    with VideoReader(path) as video:
+    with open_frames(path) as video:
         for frame in video:
             window.append((frame, cell_means(frame)))
             step = int(rng.integers(config.steps[0], config.steps[1] + 1))
@@ -122,14 +132,17 @@ def _video_crops(path: Path, config: VideoConfig, rng: np.random.Generator) -> I
 def video_batches(paths: Sequence[Path], config: VideoConfig, seed: int) -> Iterator[Batch]:
     """Endless batches from videos, each read from its start to its end, again and again.
 
+    Args:
+        paths: whatever ``open_frames`` takes.
+
     Raises (from the first ``next``):
-        OSError, FormatError: a file is missing or no video.
+        OSError, QpwcError: a file is missing or no video.
         ValueError: a video's frames are smaller than the crop, or nothing moves in it.
     """
     rng = np.random.default_rng(seed)
     lengths = []
     for path in paths:
-        with VideoReader(path) as video:
+        with open_frames(path) as video:
             if video.height < config.height or video.width < config.width:
                 raise ValueError(
                     f"{path}: frames of {video.height}x{video.width} (height x width) are smaller than the crop, "
@@ -137,12 +150,19 @@ def video_batches(paths: Sequence[Path], config: VideoConfig, seed: int) -> Iter
                 )
             lengths.append(max(video.frame_count, 1))
     sources = [_video_crops(path, config, rng) for path in paths]
-    pool = [next(source) for source in sources]  # of each, so that an unusable one is found at once
+    first = [next(source) for source in sources]  # of each, so that an unusable one is found at once
     chances = np.array(lengths) / sum(lengths)
 
     def draw() -> Triplet:
         return next(sources[int(rng.choice(len(sources), p=chances))])
 
+    yield from _pooled_batches(first, draw, config, rng)
+
+
+def _pooled_batches(
+    pool: list[Triplet], draw: Callable[[], Triplet], config: VideoConfig, rng: np.random.Generator
+) -> Iterator[Batch]:
+    """Endless batches drawn from a pool, which ``draw`` fills and refills."""
     while len(pool) < config.pool * config.batch:
         pool.append(draw())
     while True:
@@ -153,15 +173,94 @@ def video_batches(paths: Sequence[Path], config: VideoConfig, seed: int) -> Iter
             pool[index] = draw()
 
 
-@contextlib.contextmanager
-def triplet_stream(
-    scenes: PipelineConfig, videos: Sequence[Path], video: VideoConfig, seed: int, workers: int
-) -> Iterator[Iterator[Batch]]:
-    """Batches from the videos, or where there are none from rendered scenes; for a ``with`` statement.
+def vimeo90k(root: Path) -> list[TripletFiles]:
+    """Vimeo-90K's training triplets: ``tri_trainlist.txt``, ``sequences/00001/0001/im1.png`` to ``im3.png``.
 
     Args:
-        workers: rendering processes, as in ``worker_batches``; videos are read in the calling process.
+        root: the directory ``vimeo_triplet``, or the one it is in.
+
+    Raises:
+        ValueError: a directory or file is missing, or the list is not one.
     """
+    what = "Vimeo-90K"
+    sequences = find_directory(root, "sequences", "vimeo_triplet/sequences", what=what)
+    names = sequences.parent / "tri_trainlist.txt"
+    if not names.is_file():
+        raise ValueError(f"{names}: missing from {what}")
+    triplets = []
+    for name in names.read_text().split():
+        directory = sequences / name
+        if not directory.is_dir():
+            raise ValueError(f"{directory}: missing from {what}")
+        triplets.append(tuple(directory / f"im{index}.png" for index in (1, 2, 3)))
+    if not triplets:
+        raise ValueError(f"{names}: an empty list")
+    return triplets
+
+
+TRIPLET_DATASETS: dict[str, Callable[[Path], list[TripletFiles]]] = {"vimeo90k": vimeo90k}
+"""Data sets of triplets by the name they have on the command line: directory → the files of each."""
+
+
+def read_triplet(files: TripletFiles) -> Triplet:
+    """Reads a triplet.
+
+    Raises:
+        OSError: a file is missing.
+        FormatError: one is no picture, or they differ in size.
+    """
+    frames = tuple(read_image(file) for file in files)
+    for file, frame in zip(files, frames):
+        if frame.shape != frames[0].shape:
+            sizes = f"{frame.shape[:2]} and {frames[0].shape[:2]}"
+            raise FormatError(f"{file}: differs in size from {files[0]}: {sizes}")
+    return frames
+
+
+def file_batches(triplets: Sequence[TripletFiles], config: VideoConfig, seed: int) -> Iterator[Batch]:
+    """Endless batches of random crops of triplets on disk, in random order.
+
+    Raises (from ``next``):
+        OSError, FormatError: as ``read_triplet``.
+        ValueError: frames are smaller than the crop.
+    """
+    rng = np.random.default_rng(seed)
+
+    def crops() -> Iterator[Triplet]:
+        while True:
+            for index in rng.permutation(len(triplets)):
+                frames = read_triplet(triplets[index])
+                height, width = frames[0].shape[:2]
+                if height < config.height or width < config.width:
+                    raise ValueError(
+                        f"{triplets[index][0]}: {height}x{width} (height x width) is smaller than the crop, "
+                        f"{config.height}x{config.width}"
+                    )
+                for _ in range(config.crops):
+                    yield random_crop(frames, config, rng)
+
+    source = crops()
+    yield from _pooled_batches([], lambda: next(source), config, rng)
+
+
+@contextlib.contextmanager
+def triplet_stream(
+    scenes: PipelineConfig,
+    videos: Sequence[Path],
+    video: VideoConfig,
+    seed: int,
+    workers: int,
+    files: Sequence[TripletFiles] = (),
+) -> Iterator[Iterator[Batch]]:
+    """Batches from files, from videos, or where there are neither from rendered scenes; for ``with``.
+
+    Args:
+        workers: rendering processes, as in ``worker_batches``; all else is read in the calling process.
+        files: triplets of a data set, which are used instead of videos.
+    """
+    if files:
+        yield file_batches(files, video, seed)
+        return
     if videos:
         yield video_batches(videos, video, seed)
         return

@@ -33,7 +33,7 @@ class NetworkConfig:
     extra_convs: tuple[int, ...] = (0, 1, 1, 1, 1)
     finest_level: int = 3
     match_channels: int = 32
-    radii: tuple[int, ...] = (4, 4, 3)
+    radii: tuple[int, ...] = (6, 4, 3)
     sharpness: float = 10.0
     decoder: tuple[int, ...] = (64, 64, 48, 32)
     flow_input_range: float = 16.0
@@ -41,6 +41,14 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         for field in ("pyramid", "extra_convs", "radii", "decoder"):
             object.__setattr__(self, field, tuple(int(v) for v in getattr(self, field)))
+        for field, least in (("pyramid", 1), ("extra_convs", 0), ("radii", 1), ("decoder", 1)):
+            if min(getattr(self, field), default=0) < least:
+                raise ValueError(f"{field} needs numbers of at least {least}, got {getattr(self, field)}")
+        if self.match_channels < 1:
+            raise ValueError(f"match_channels must be at least 1, got {self.match_channels}")
+        for field in ("sharpness", "flow_input_range"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
         if len(self.extra_convs) != len(self.pyramid):
             raise ValueError(f"extra_convs needs {len(self.pyramid)} entries, got {len(self.extra_convs)}")
         if not 1 <= self.finest_level <= len(self.pyramid):

@@ -122,7 +122,8 @@ def cost_volume_slices(
     """The same cost volume from operations an int8 runtime has fast kernels for.
 
     The shifts of a row are stacked on the batch axis, multiplied by ``prev`` at once, and summed over
-    channels by a 1x1 convolution with a constant kernel.
+    channels by a 1x1 convolution with a constant kernel. Slicing columns once for all rows, and one transpose
+    for all shifts, keep the copying around it small.
 
     Args:
         inner: optional quantizers ``product`` (prev times shifted) and ``sum`` (the result).
@@ -135,17 +136,14 @@ def cost_volume_slices(
     summing = tf.fill([1, 1, channels, 1], scale)
     if inner:
         summing = tf.quantization.fake_quant_with_min_max_args(summing, min=-scale, max=scale, narrow_range=True)
+    columns = tf.concat([padded[:, :, dx : dx + width] for dx in range(size)], axis=0)
+    stacked_prev = prev if prev.shape[0] == 1 else tf.concat([prev] * size, axis=0)
     rows = []
     for dy in range(size):
-        shifted = tf.concat(
-            [padded[:, dy : dy + height, dx : dx + width] for dx in range(size)], axis=0
-        )
-        stacked_prev = prev if prev.shape[0] == 1 else tf.concat([prev] * size, axis=0)
-        products = quantize_product(stacked_prev * shifted)
-        cost = quantize_sum(tf.nn.conv2d(products, summing, strides=1, padding="VALID"))
-        cost = tf.reshape(cost, [size, -1, height, width])
-        rows.append(tf.transpose(cost, [1, 2, 3, 0]))
-    return tf.concat(rows, axis=-1)
+        products = quantize_product(stacked_prev * columns[:, dy : dy + height])
+        rows.append(quantize_sum(tf.nn.conv2d(products, summing, strides=1, padding="VALID")))
+    cost = tf.reshape(tf.concat(rows, axis=0), [size * size, -1, height, width])
+    return tf.transpose(cost, [1, 2, 3, 0])
 
 
 class InnerRanges(keras.layers.Layer):
@@ -288,16 +286,14 @@ class UpsampleFlow(keras.layers.Layer):
 
 
 class ScaleFlow(keras.layers.Layer):
-    """Multiplies a flow by a constant; ``clip`` bounds the result to [-1, 1]."""
+    """Multiplies a flow by a constant and bounds the result to [-1, 1]."""
 
-    def __init__(self, scale: float, clip: bool = False, **kwargs):
+    def __init__(self, scale: float, **kwargs):
         super().__init__(**kwargs)
         self.scale = scale
-        self.clip = clip
 
     def call(self, flow: Tensor) -> Tensor:
-        scaled = flow * self.scale
-        return tf.clip_by_value(scaled, -1.0, 1.0) if self.clip else scaled
+        return tf.clip_by_value(flow * self.scale, -1.0, 1.0)
 
     def get_config(self):
-        return {**super().get_config(), "scale": self.scale, "clip": self.clip}
+        return {**super().get_config(), "scale": self.scale}

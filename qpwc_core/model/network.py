@@ -105,7 +105,7 @@ def decode(
         if flow is not None:
             flow = UpsampleFlow(name=f"flow_up_{level}")(flow)
             target = Warp(quantized=quantized, name=f"warp_{level}")([target, flow])
-            flow_input = ScaleFlow(1.0 / config.flow_input_range, clip=True, name=f"flow_input_{level}")(flow)
+            flow_input = ScaleFlow(1.0 / config.flow_input_range, name=f"flow_input_{level}")(flow)
             projected.append(_conv(config.decoder[0], 1, f"project_flow_{level}", activation=None)(flow_input))
             coarse = _conv(config.decoder[0], 1, f"project_hidden_{level}", activation=None)(hidden)
             projected.append(UpsampleFeatures(name=f"hidden_up_{level}")(coarse))

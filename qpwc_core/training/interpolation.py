@@ -13,7 +13,7 @@ import tf_keras as keras
 
 from qpwc_core.data.pipeline import Batch, PipelineConfig, batches
 from qpwc_core.data.scenes import SceneConfig
-from qpwc_core.data.triplets import VideoConfig, triplet_stream
+from qpwc_core.data.triplets import TRIPLET_DATASETS, VideoConfig, triplet_stream
 from qpwc_core.model.config import NetworkConfig
 from qpwc_core.model.initialization import initialize_from_data
 from qpwc_core.model.interpolator import Interpolator, downscale, output_levels
@@ -37,7 +37,9 @@ class PreTrainConfig:
         height, width, batch: training crops.
         steps: optimization steps in total; learning_rate reaches its peak after ``warmup`` of them.
         epoch_steps: steps between validations and backups.
-        videos: files to take triplets from; none: rendered scenes.
+        videos: videos, directories of pictures or rosbag2 recordings to take triplets from; none: rendered
+            scenes.
+        dataset, dataset_root: a data set of triplets to use instead, and its directory.
         textures, validation_textures: archives of ``prepare_textures.py`` for scenes; None: procedural patterns.
         motion: range of the scenes' typical motion in pixels between neighbours of a triplet.
         validation_count: rendered triplets, of the crops' size, to validate on.
@@ -60,6 +62,14 @@ class PreTrainConfig:
     motion: tuple[float, float] = (0.5, 10.0)
     validation_count: int = 32
     workers: int = 1
+    dataset: str | None = dataclasses.field(default=None, metadata={"choices": tuple(TRIPLET_DATASETS)})
+    dataset_root: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.dataset is None) != (self.dataset_root is None):
+            raise ValueError("a data set needs both its name (dataset) and its directory (dataset_root)")
+        if self.dataset and self.videos:
+            raise ValueError("give either videos or a data set, not both")
 
     def scenes(self, textures: str | None) -> PipelineConfig:
         return PipelineConfig(
@@ -193,7 +203,9 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
     # A resumed run must not see the same scenes again.
     seed = config.seed + done * 104_729
     videos = [Path(video) for video in config.videos]
-    with triplet_stream(config.scenes(config.textures), videos, config.video(), seed, config.workers) as stream:
+    files = TRIPLET_DATASETS[config.dataset](Path(config.dataset_root)) if config.dataset else ()
+    scenes = config.scenes(config.textures)
+    with triplet_stream(scenes, videos, config.video(), seed, config.workers, files) as stream:
         # The first batch is drawn here, where an unusable file still gives its own error.
         first = next(stream)
         write_config(directory, config, point)

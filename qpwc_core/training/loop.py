@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from qpwc_core.data.datasets import FLOW_DATASETS
 from qpwc_core.data.pipeline import PipelineConfig, flow_samples, validation_samples, worker_batches
 from qpwc_core.data.render import Sample
 from qpwc_core.data.scenes import SceneConfig
@@ -43,7 +44,10 @@ class TrainConfig:
         refit_embeddings: pairs on which ``fit_embeddings`` sets the matching features of ``initial`` anew
             before the first step; 0 leaves them. A fresh network's are always fitted.
         validation_size, validation_count: the synthetic validation set.
-        workers: rendering processes.
+        workers: processes that render or read.
+        dataset, dataset_root: a data set to train on instead of rendered scenes, and its directory.
+            Validation stays synthetic, and so are the pairs that a fresh network is initialized from.
+        scene_share: with a data set, share of samples that are rendered all the same.
     """
 
     network: str = "qpwc_fast"
@@ -64,6 +68,9 @@ class TrainConfig:
     validation_size: tuple[int, int] = (384, 512)
     validation_count: int = 32
     workers: int = 1
+    dataset: str | None = dataclasses.field(default=None, metadata={"choices": tuple(FLOW_DATASETS)})
+    dataset_root: str | None = None
+    scene_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("steps", 0), ("epoch_steps", 1), ("validation_count", 1), ("workers", 0)):
@@ -71,12 +78,16 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.motion[0] <= self.motion[1]:
             raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
+        self.pipeline()  # checks its own part
 
     def pipeline(self) -> PipelineConfig:
         return PipelineConfig(
             scene=SceneConfig(height=self.height, width=self.width, motion=self.motion),
             textures=self.textures,
             batch=self.batch,
+            dataset=self.dataset,
+            dataset_root=self.dataset_root,
+            scene_share=self.scene_share,
         )
 
 
@@ -257,7 +268,8 @@ def start_from_data(network: keras.Model, point: NetworkConfig, config: TrainCon
     pairs = config.refit_embeddings if config.initial else FRESH_PAIRS
     if not pairs:
         return
-    source = config.pipeline()
+    # Always rendered ones: their flow is known everywhere.
+    source = dataclasses.replace(config.pipeline(), dataset=None, dataset_root=None)
     rng = np.random.default_rng(config.seed)
     samples = list(itertools.islice(flow_samples(source, source.load_textures(config.seed), rng), pairs))
     images = np.stack([s.prev for s in samples] + [s.next for s in samples])

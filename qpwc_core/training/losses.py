@@ -69,7 +69,7 @@ def multiscale_loss(
     target: tf.Tensor,
     valid: tf.Tensor,
     *,
-    coarse_weight: float = 0.25,
+    coarse_weight: float = 0.5,
     exponent: float = 0.75,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Robust multi-scale endpoint loss.

@@ -8,16 +8,21 @@ import typing
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """Adds ``--field-name`` for every field of a dataclass; defaults are the dataclass' own."""
+    """Adds ``--field-name`` for every field of a dataclass; defaults are the dataclass' own.
+
+    A field whose metadata has ``choices`` takes one of these.
+    """
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         kind = hints[field.name]
-        choices = [t for t in typing.get_args(kind) if t is not type(None)]
+        parts = [t for t in typing.get_args(kind) if t is not type(None)]
         options: dict = {"default": field.default, "help": f"default: {field.default}"}
         if typing.get_origin(kind) is tuple:
-            options.update(type=choices[0], nargs="+" if Ellipsis in choices else len(choices))
+            options.update(type=parts[0], nargs="+" if Ellipsis in parts else len(parts))
         else:
-            options["type"] = choices[0] if choices else kind
+            options["type"] = parts[0] if parts else kind
+        if "choices" in field.metadata:
+            options["choices"] = field.metadata["choices"]
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 

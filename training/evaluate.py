@@ -1,0 +1,93 @@
+"""Compares flow estimators on pairs with known flow: networks in int8 and float32, OpenCV, and no motion at all.
+
+    python training/evaluate.py                                    # synthetic pairs, bundled models
+    python training/evaluate.py --data motorcycle                  # a real pair, from scikit-image
+    python training/evaluate.py --data sintel-final --root DIR --methods qpwc_fast out/mine_int8.tflite dis-medium
+
+EPE is the mean over pairs, in pixels; the other figures are over all pixels. Needs no TensorFlow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+# The package beside this program, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qpwc_core import evaluation
+from qpwc_core.cli import common
+from qpwc_core.data.datasets import FLOW_DATASETS
+from qpwc_core.errors import QpwcError
+from qpwc_core.runtime.models import list_models
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", choices=evaluation.DATA, default=evaluation.SYNTHETIC, help="default: %(default)s"
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="the data set's directory")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"{', '.join(evaluation.CLASSICAL)}, a bundled model (NAME, NAME:int8, NAME:float32), a .tflite file "
+        "(default: the bundled models, dis-medium, dis-fast, farneback, zero)",
+    )
+    parser.add_argument(
+        "--count", type=common.positive_int, metavar="N", help="pairs (default: 64 synthetic, else all)"
+    )
+    parser.add_argument(
+        "--size",
+        type=common.positive_int,
+        nargs=2,
+        metavar=("H", "W"),
+        default=(384, 512),
+        help="of the synthetic pairs (default: 384 512)",
+    )
+    parser.add_argument(
+        "--validation-textures", metavar="FILE", help="archive of prepare_textures.py (default: patterns)"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="add the figures to this file")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="paint the worst and a typical pair of each method"
+    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
+    if args.data in FLOW_DATASETS and args.root is None:
+        parser.error(f"--data {args.data} needs --root DIR")
+    try:
+        if args.csv:
+            evaluation.check_csv(args.csv)  # before the work
+        names = args.methods or [
+            *dict.fromkeys(info.name for info in list_models()), "dis-medium", "dis-fast", "farneback", "zero"
+        ]  # fmt: skip
+        methods = evaluation.make_methods(names)
+        pairs = evaluation.load_pairs(
+            args.data, args.root, size=tuple(args.size), count=args.count, textures=args.validation_textures
+        )
+        with common.progress(len(pairs), "pair", args.data) as bar:
+            scores = evaluation.evaluate(pairs, methods, bar.update)
+        print(
+            f"{args.data}, {len(pairs)} pairs; errors in pixels, by length of the true motion and by visibility"
+        )
+        header, rows = evaluation.table(scores)
+        common.print_table(rows, header)
+        if args.csv:
+            command = shlex.join(["python", "training/evaluate.py", *arguments])
+            evaluation.append_csv(args.csv, scores, args.data, command)
+        if args.pictures:
+            evaluation.write_pictures(args.pictures, pairs, methods, scores)
+    except (ValueError, OSError, QpwcError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
