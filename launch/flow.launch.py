@@ -20,6 +20,8 @@ PARAMETERS = {
     "threads": int,
     "autostart": "bool",
     "interpolation_factor": int,
+    "transport": str,
+    "rectify": "bool",
     "use_sim_time": "bool",
 }
 
@@ -35,6 +37,8 @@ ARGUMENTS = {
     "threads": ("", "Threads of the estimator; 0: as many as suit it."),
     "autostart": ("", "true: go to active without being told."),
     "interpolation_factor": ("", "Frame rate of ~/interpolated over the input's, 2 to 8."),
+    "transport": ("", "auto, raw or compressed: which form of the image is listened to."),
+    "rectify": ("", "true: take the lens's distortion out first, by camera_info."),
     "use_sim_time": ("", "true: take the time from /clock."),
 }
 

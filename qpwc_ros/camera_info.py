@@ -22,9 +22,12 @@ def for_size(info: Any, width: int, height: int) -> Any | None:
     K and P are multiplied per axis, the convention of image_geometry and image_proc; D holds for any scale.
     In a rescaled copy the region and binning have been taken into K and P, so it describes the whole image.
     """
+    return info if described_size(info) == (width, height) else for_whole_image(info, width, height)
+
+
+def for_whole_image(info: Any, width: int, height: int) -> Any | None:
+    """Like `for_size`, but always a copy with region and binning taken into K and P."""
     have_width, have_height = described_size(info)
-    if (have_width, have_height) == (width, height):
-        return info
     if have_width <= 0 or have_height <= 0:
         return None
     x, y = width / have_width, height / have_height

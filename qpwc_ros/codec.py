@@ -256,10 +256,14 @@ def _jpeg_header(data: bytes) -> tuple[int, int, bool]:
 
 
 def _png_header(data: bytes) -> tuple[int, int, bool]:
-    """Width, height and greyness from a PNG's IHDR chunk."""
+    """Width, height and greyness from a PNG's IHDR chunk; ISO/IEC 15948, clauses 5 and 11."""
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise ImageError("PNG header is corrupt")
-    if data.find(b"IEND", 33) < 0:
-        raise ImageError(f"PNG is cut off after {len(data)} bytes")
+    # Every chunk has to lie in the file: OpenCV allocates what a chunk claims, up to 4 GB, before reading it.
+    position = 8
+    while data[position + 4 : position + 8] != b"IEND":
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+        if position + 12 > len(data):
+            raise ImageError(f"PNG is cut off after {len(data)} bytes, or corrupt")
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     return width, height, data[25] in (0, 4)

@@ -24,7 +24,7 @@ def figures(statistics: Statistics) -> dict[str, str]:
     """
     counts = statistics.counts()
     out = {"rate": f"{statistics.rate():.2f}"}
-    for name in ("received", "pairs", "dropped", "lost", "passed_over", *PROBLEMS):
+    for name in ("received", "processed", "pairs", "dropped", "lost", "passed_over", *PROBLEMS):
         out[name] = str(counts[name])
     for stage in STAGES:
         for percent in (50, 95, 99):

@@ -67,6 +67,7 @@ class Frame:
         rgb: uint8 (H, W, 3).
         grey: the camera has no colour.
         encoding: as the message named it.
+        rectified: the sensor_msgs/CameraInfo of the image where its distortion has been taken out, else None.
     """
 
     stamp: int
@@ -75,6 +76,7 @@ class Frame:
     rgb: np.ndarray
     grey: bool = False
     encoding: str = ""
+    rectified: Any = field(default=None, repr=False)
     _features: tuple[Estimator, Any] | None = field(default=None, repr=False)
 
     def features(self, estimator: Estimator) -> Any:
@@ -85,8 +87,8 @@ class Frame:
 
     def looks_like(self, other: Frame) -> bool:
         """Whether the two can come from one camera setting, so that flow between them means something."""
-        same_size = self.rgb.shape == other.rgb.shape
-        return same_size and (self.encoding, self.frame_id) == (other.encoding, other.frame_id)
+        same_geometry = self.rgb.shape == other.rgb.shape and self.rectified is other.rectified
+        return same_geometry and (self.encoding, self.frame_id) == (other.encoding, other.frame_id)
 
 
 class FramePair:

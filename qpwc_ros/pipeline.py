@@ -11,6 +11,7 @@ from qpwc_ros.camera_info import described_size, for_size
 from qpwc_ros.codec import ImageError, decode_compressed, decode_image
 from qpwc_ros.frames import EstimatorFailure, Frame, FramePair, PairingRule, Verdict, one_line
 from qpwc_ros.plugins.base import Estimator, Output
+from qpwc_ros.rectification import RectificationError, Rectifier, calibration_key
 from qpwc_ros.statistics import Statistics
 
 #: What can go wrong with frames, in the names under which it is counted and reported.
@@ -22,6 +23,7 @@ PROBLEMS = (
     "source_changes",
     "estimator_failures",
     "camera_info_mismatches",
+    "not_rectified",
     "internal_errors",
 )
 
@@ -68,6 +70,7 @@ class Pipeline:
         self._report = report
         self._parameter = parameter
         self._prev: Frame | None = None
+        self._rectifier: tuple[Any, Rectifier] | None = None
 
     def forget(self) -> None:
         """Drop the previous frame, and the features it holds."""
@@ -79,11 +82,25 @@ class Pipeline:
 
     def wanted_outputs(self) -> list[tuple[str, Output]]:
         """The outputs that somebody listens to."""
-        return [(name, output) for name, output in self.enabled_outputs() if self._asks(name, output.wanted)]
+        return [
+            (name, output) for name, output in self.enabled_outputs() if self._ask(name, output.wanted, False)
+        ]
 
     def wants_camera_info(self) -> bool:
-        """Whether an output will use the camera's calibration."""
-        return any(self._asks(name, output.wants_camera_info) for name, output in self.enabled_outputs())
+        """Whether the camera's calibration will be used, by an output or to rectify."""
+        return self._parameter("rectify") or self._output_wants_camera_info()
+
+    def describe_outputs(self) -> dict[str, str]:
+        """What the outputs want diagnostics to say about them."""
+        out: dict[str, str] = {}
+        for name, output in self.enabled_outputs():
+            out.update(self._ask(name, output.describe, {}))
+        return out
+
+    def _output_wants_camera_info(self) -> bool:
+        return any(
+            self._ask(name, output.wants_camera_info, False) for name, output in self.enabled_outputs()
+        )
 
     def process(self, arrival: Arrival) -> None:
         """Work on one message. Never raises: what goes wrong is reported, and the next message is welcome."""
@@ -91,6 +108,8 @@ class Pipeline:
             self._process(arrival)
         except Exception as error:  # our own mistake must not end the worker
             self._report("internal_errors", one_line(error))
+        finally:
+            self.statistics.count("processed")
 
     def _process(self, arrival: Arrival) -> None:
         start = time.monotonic()
@@ -109,6 +128,9 @@ class Pipeline:
         except ImageError as error:
             self._report("malformed", str(error))
             return
+        except RectificationError as error:
+            self._report("not_rectified", f"image left out, rectify: {error}")
+            return
         decoded = time.monotonic()
         self.statistics.time("decode", decoded - start)
         self.source = f"{frame.rgb.shape[1]}x{frame.rgb.shape[0]} {frame.encoding}"
@@ -121,7 +143,9 @@ class Pipeline:
             gap = (stamp - prev.stamp) * 1e-9
             self._report("gaps", f"{gap:.3f} s without images is over max_interval: starting anew")
         elif verdict is Verdict.PAIR and not frame.looks_like(prev):
-            text = f"images changed from {_looks(prev)} to {_looks(frame)}: starting anew"
+            before, now = _looks(prev), _looks(frame)
+            what = "calibration changed" if before == now else f"images changed from {before} to {now}"
+            text = f"{what}: starting anew"
             self._report("source_changes", text)
         elif verdict is Verdict.PAIR:
             self._publish(prev, frame, arrival, decoded)
@@ -155,11 +179,27 @@ class Pipeline:
         decode = decode_compressed if arrival.compressed else decode_image
         picture = decode(msg, max_pixels=max_pixels)
         encoding = msg.format if arrival.compressed else msg.encoding
-        return Frame(stamp, arrival.number, msg.header.frame_id, picture.rgb, picture.grey, encoding)
+        frame = Frame(stamp, arrival.number, msg.header.frame_id, picture.rgb, picture.grey, encoding)
+        if self._parameter("rectify"):
+            height, width = frame.rgb.shape[:2]
+            rectify = self._rectifier_for(width, height)
+            frame.rgb, frame.rectified = rectify(frame.rgb), rectify.info
+        return frame
+
+    def _rectifier_for(self, width: int, height: int) -> Rectifier:
+        info = self.camera_info
+        if info is None:
+            raise RectificationError("no camera_info has come yet")
+        key = calibration_key(info), width, height
+        if self._rectifier is None or self._rectifier[0] != key:
+            self._rectifier = key, Rectifier(info, width, height)
+        return self._rectifier[1]
 
     def _camera_info_for(self, frame: Frame) -> Any:
+        if frame.rectified is not None:
+            return frame.rectified
         info = self.camera_info
-        if info is None or not self.wants_camera_info():
+        if info is None or not self._output_wants_camera_info():
             return None
         height, width = frame.rgb.shape[:2]
         fitting = for_size(info, width, height)
@@ -169,12 +209,12 @@ class Pipeline:
             self._report("camera_info_mismatches", text)
         return fitting
 
-    def _asks(self, name: str, question: Callable[[], bool]) -> bool:
+    def _ask(self, name: str, question: Callable[[], Any], otherwise: Any) -> Any:
         try:
-            return bool(question())
+            return question()
         except Exception as error:
             self._disable(name, getattr(question, "__self__", None), error)
-            return False
+            return otherwise
 
     def _disable(self, name: str, output: Any, error: Exception) -> None:
         if self.outputs.get(name) is not output:
@@ -191,4 +231,5 @@ def _stamp_of(msg: Any) -> int:
 
 
 def _looks(frame: Frame) -> str:
-    return f"{frame.rgb.shape[1]}x{frame.rgb.shape[0]} {frame.encoding!r} of {frame.frame_id!r}"
+    rectified = "" if frame.rectified is None else "rectified "
+    return f"{rectified}{frame.rgb.shape[1]}x{frame.rgb.shape[0]} {frame.encoding!r} of {frame.frame_id!r}"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 TRANSITIONS = {"configure": 1, "cleanup": 2, "activate": 3, "deactivate": 4}
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
+def wait_until(condition: Callable[[], Any], timeout: float = 30.0, what: str = "") -> Any:
     """The condition's first true value; fails the test after `timeout` seconds."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -116,12 +116,23 @@ def flow_error(msg: Image, scene: MovingTexture, frames: int = 1) -> float:
 
 
 class NodeProcess:
-    """The node as a child process; its log is in `log`."""
+    """A node of this package as a child process; its log is in `log`.
 
-    def __init__(self, folder: Path, *arguments: str, env: dict[str, str] | None = None, **parameters: Any):
-        self.log_file = folder / "node.log"
-        parameters = {"estimator": "dis", "dis_preset": "fast", **parameters}
-        command = [sys.executable, "-m", "qpwc_ros.nodes.flow", "--ros-args", *arguments]
+    Node `flow` gets the estimator dis unless told otherwise: tests of the node need no network.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        node: str = "flow",
+        env: dict[str, str] | None = None,
+        **parameters: Any,
+    ):
+        self.log_file = folder / f"{node}.log"
+        if node == "flow":
+            parameters = {"estimator": "dis", "dis_preset": "fast", **parameters}
+        command = [sys.executable, "-m", f"qpwc_ros.nodes.{node}", "--ros-args", *arguments]
         for name, value in parameters.items():
             command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -141,7 +152,7 @@ class NodeProcess:
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            code = self.process.wait(10)
+            code = self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -190,10 +201,29 @@ class Client:
         self.node.destroy_node()
         rclpy.shutdown(context=self.context)
 
-    def listen(self, topic: str, msg_type: type, qos: QoSProfile = RELIABLE) -> list[Any]:
-        """Subscribe; returns the list that grows with the messages."""
+    def listen(
+        self,
+        topic: str,
+        msg_type: type,
+        qos: QoSProfile = RELIABLE,
+        *,
+        when: Callable[[Any], Any] = lambda msg: None,
+        keep: bool = True,
+    ) -> list[Any]:
+        """Subscribe, in place of an earlier listener; returns the list that grows with the messages.
+
+        `when` is called with each message as it comes; without `keep` the list stays empty.
+        """
         messages = self.received[topic] = []
-        self._subscriptions[topic] = self.node.create_subscription(msg_type, topic, messages.append, qos)
+        if topic in self._subscriptions:
+            self.ignore(topic)
+
+        def take(msg: Any) -> None:
+            when(msg)
+            if keep:
+                messages.append(msg)
+
+        self._subscriptions[topic] = self.node.create_subscription(msg_type, topic, take, qos)
         self._executor.wake()
         return messages
 
@@ -215,7 +245,7 @@ class Client:
         wanted = set(outputs)
         wait_until(
             lambda: set(self.dump(node)["listened_outputs"].split(", ")) == wanted,
-            10,
+            30,
             f"{wanted} listened to",
         )
 
@@ -223,17 +253,17 @@ class Client:
         """Wait until the node listens to the camera (or, with count 0, no longer does)."""
         publisher = self._publishers[topic]
         wait_until(
-            lambda: publisher.get_subscription_count() == count, 10, f"{count} subscriptions of {topic}"
+            lambda: publisher.get_subscription_count() == count, 30, f"{count} subscriptions of {topic}"
         )
 
     def await_node(self) -> None:
         """Wait until the node listens to nothing but is active."""
-        wait_until(lambda: self.state() == "active", 20, "node active")
+        wait_until(lambda: self.state() == "active", 30, "node active")
 
     def call(self, kind: type, service: str, request: Any) -> Any:
         client = self.node.create_client(kind, service)
         try:
-            assert client.wait_for_service(15), f"no service {service}"
+            assert client.wait_for_service(30), f"no service {service}"
             future = client.call_async(request)
             wait_until(future.done, 30, service)
             return future.result()
@@ -248,13 +278,13 @@ class Client:
         request.transition.id = TRANSITIONS[transition]
         return self.call(ChangeState, "/flow/change_state", request).success
 
-    def set(self, **values: Any) -> tuple[bool, str]:
+    def set(self, node: str = "/flow", /, **values: Any) -> tuple[bool, str]:
         """Set parameters one after the other; the first refusal's reason."""
         request = SetParameters.Request()
         request.parameters = [
             Parameter(name, value=value).to_parameter_msg() for name, value in values.items()
         ]
-        results = self.call(SetParameters, "/flow/set_parameters", request).results
+        results = self.call(SetParameters, f"{node}/set_parameters", request).results
         refused = [result.reason for result in results if not result.successful]
         return not refused, refused[0] if refused else ""
 
@@ -274,11 +304,16 @@ class Client:
         """The values of the next diagnostic message, with `level` (0, 1, 2) and `message` among them."""
         messages = self.received["/diagnostics"]
         seen = len(messages)
-        status = wait_until(lambda: messages[seen:], 5, "diagnostics")[0].status[0]
+        status = wait_until(lambda: messages[seen:], 30, "diagnostics")[0].status[0]
         values = {pair.key: pair.value for pair in status.values}
         return {**values, "level": status.level[0], "message": status.message, "name": status.name}
 
-    def play(self, topic: str, messages: list[Any], rate: float) -> list[float]:
+    def settled(self, node: str = "/flow") -> bool:
+        """Whether the node has worked on, or dropped, every image it has received."""
+        values = self.dump(node)
+        return int(values["received"]) == int(values["processed"]) + int(values["dropped"])
+
+    def play(self, topic: str, messages: Iterable[Any], rate: float) -> list[float]:
         """Publish messages evenly; returns time.monotonic() of each."""
         publisher = self._publishers[topic]
         sent, start = [], time.monotonic()
@@ -288,8 +323,23 @@ class Client:
             publisher.publish(msg)
         return sent
 
+    def deliver(self, topic: str, *messages: Any, node: str = "/flow") -> None:
+        """Publish each message when the node is done with the one before: a busy machine drops none."""
+        publisher = self._publishers[topic]
+        for msg in messages:
+            before = int(self.dump(node)["processed"])
+            publisher.publish(msg)
+            wait_until(
+                lambda before=before: int(self.dump(node)["processed"]) > before, 30, "image processed"
+            )
+
     def play_in_step(
-        self, topic: str, messages: list[Any], outputs: list[list[Any]], pairs_with_last: bool = False
+        self,
+        topic: str,
+        messages: list[Any],
+        outputs: list[list[Any]],
+        pairs_with_last: bool = False,
+        node: str = "/flow",
     ) -> None:
         """Publish each message when all outputs of the one before have come: a busy machine drops none.
 
@@ -299,13 +349,13 @@ class Client:
         publisher = self._publishers[topic]
         for k, msg in enumerate(messages):
             before = [len(output) for output in outputs]
-            publisher.publish(msg)
             if k or pairs_with_last:
+                publisher.publish(msg)
                 wait_until(
                     lambda before=before: all(len(o) > n for o, n in zip(outputs, before)),
-                    10,
+                    30,
                     f"outputs of message {k}",
                 )
             else:
-                time.sleep(0.2)
+                self.deliver(topic, msg, node=node)
         time.sleep(0.1)

@@ -55,9 +55,9 @@ def test_colcon_installs_what_ros_looks_for(installed):
     prefix = installed / "qpwc_ros"
     share = prefix / "share" / "qpwc_ros"
     assert (prefix / "share" / "ament_index" / "resource_index" / "packages" / "qpwc_ros").is_file()
-    for program in ("flow", "replay"):
+    for program in ("camera", "flow", "replay"):
         assert os.access(prefix / "lib" / "qpwc_ros" / program, os.X_OK)
-    for file in ("package.xml", "launch/flow.launch.py", "config/fastdds.xml"):
+    for file in ("package.xml", "launch/flow.launch.py", "launch/demo.launch.py", "config/fastdds.xml"):
         assert (share / file).is_file(), file
     models = {p.name for p in (ROOT / "models").iterdir() if p.suffix in (".tflite", ".md")}
     assert {p.name for p in (share / "models").glob("*")} == models

@@ -21,10 +21,13 @@ if not hasattr(launch, "LaunchDescription"):
     pytest.skip("PyPI's package called launch is another thing", allow_module_level=True)
 
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
-from ros_harness import ROOT, SECOND, Client, MovingTexture, image, wait_until
+from ros_harness import ROOT, SECOND, Client, MovingTexture, flow_error, image, wait_until
 from sensor_msgs.msg import Image
 
+from qpwc_core.video import VideoWriter
+
 FILE = ROOT / "launch" / "flow.launch.py"
+DEMO = ROOT / "launch" / "demo.launch.py"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,8 @@ def test_description(module, monkeypatch):
         "threads",
         "autostart",
         "interpolation_factor",
+        "transport",
+        "rectify",
         "use_sim_time",
     }
     assert all(argument.description and argument.default_value is not None for argument in arguments.values())
@@ -73,17 +78,40 @@ def test_a_value_of_the_wrong_type_is_named(module, given):
         module.parameter_value(*given)
 
 
-def test_what_it_starts(tmp_path):
+def start(folder, file, arguments):
+    """Launch a file in a process of its own; its output goes to out.txt in the folder."""
     # An installation prefix as colcon lays it out, with only what `ros2 launch` looks at.
-    marker = tmp_path / "share" / "ament_index" / "resource_index" / "packages" / "qpwc_ros"
-    program = tmp_path / "lib" / "qpwc_ros" / "flow"
-    for path in (marker, program):
-        path.parent.mkdir(parents=True)
+    marker = folder / "share" / "ament_index" / "resource_index" / "packages" / "qpwc_ros"
+    programs = folder / "lib" / "qpwc_ros"
+    marker.parent.mkdir(parents=True)
+    programs.mkdir(parents=True)
     marker.touch()
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom qpwc_ros.nodes.flow import main\nsys.exit(main())\n"
+    for name in ("flow", "camera"):
+        program = programs / name
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom qpwc_ros.nodes.{name} import main\nsys.exit(main())\n"
+        )
+        program.chmod(0o755)
+    driver = (
+        "import sys; from launch import *; from launch.actions import IncludeLaunchDescription as I\n"
+        "from launch.launch_description_sources import PythonLaunchDescriptionSource as S\n"
+        f"s = LaunchService(); a = {list(arguments.items())!r}\n"
+        f"s.include_launch_description(LaunchDescription([I(S({str(file)!r}), launch_arguments=a)]))\n"
+        "sys.exit(s.run())\n"
     )
-    program.chmod(0o755)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    prefix = os.pathsep.join(filter(None, [str(folder), os.environ.get("AMENT_PREFIX_PATH", "")]))
+    env = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "AMENT_PREFIX_PATH": prefix,
+        "ROS_LOG_DIR": str(folder / "log"),
+    }
+    with (folder / "out.txt").open("w") as out:
+        return subprocess.Popen([sys.executable, "-c", driver], env=env, stdout=out, stderr=out)
+
+
+def test_what_it_starts(tmp_path):
     params = tmp_path / "mine.yaml"
     params.write_text(
         "/**:\n  ros__parameters:\n    estimator: tflite\n    max_interval: 3\n    jpeg_quality: 55\n"
@@ -97,24 +125,8 @@ def test_what_it_starts(tmp_path):
         "interpolation_factor": "3",
         "log_level": "warn",
     }
-    driver = (
-        "import sys; from launch import *; from launch.actions import IncludeLaunchDescription as I\n"
-        "from launch.launch_description_sources import PythonLaunchDescriptionSource as S\n"
-        f"s = LaunchService(); a = {list(arguments.items())!r}\n"
-        f"s.include_launch_description(LaunchDescription([I(S({str(FILE)!r}), launch_arguments=a)]))\n"
-        "sys.exit(s.run())\n"
-    )
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    prefix = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("AMENT_PREFIX_PATH", "")]))
-    env = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "AMENT_PREFIX_PATH": prefix,
-        "ROS_LOG_DIR": str(tmp_path / "log"),
-    }
     client = Client()
-    with (tmp_path / "out.txt").open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", driver], env=env, stdout=out, stderr=out)
+    process = start(tmp_path, FILE, arguments)
     try:
         scene = MovingTexture()
         client.publisher("/cam/raw", Image)
@@ -124,12 +136,11 @@ def test_what_it_starts(tmp_path):
         assert (values["estimator"], values["threads"], values["input"]) == ("dis", "1", "/cam/raw")
         expected = {"interpolation_factor": 3, "jpeg_quality": 55, "max_interval": 3.0, "autostart": True}
         assert {name: client.get(name, node="/robot/flow") for name in expected} == expected
-        client.play_in_step(
-            "/cam/raw", [image(scene.rgb(k), (1000 + k) * SECOND // 20) for k in range(3)], [flow]
-        )
+        sent = [image(scene.rgb(k), (1000 + k) * SECOND // 20) for k in range(3)]
+        client.play_in_step("/cam/raw", sent, [flow], node="/robot/flow")
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
-        wait_until(lambda: not client.node.count_publishers("/robot/flow/flow"), 5, "node gone")
+        wait_until(lambda: not client.node.count_publishers("/robot/flow/flow"), 30, "node gone")
         assert "process has finished cleanly" in (tmp_path / "out.txt").read_text()
     except BaseException:
         print((tmp_path / "out.txt").read_text())
@@ -138,3 +149,50 @@ def test_what_it_starts(tmp_path):
         if process.poll() is None:
             process.kill()
         client.close()
+
+
+def test_the_demo_plays_a_video_into_the_flow(tmp_path):
+    scene = MovingTexture()
+    with VideoWriter(tmp_path / "clip.avi", 10, (scene.width, scene.height)) as writer:
+        for k in range(8):
+            writer.write(scene.rgb(k))
+    arguments = {
+        "source": str(tmp_path / "clip.avi"),
+        "rate": "8",
+        "namespace": "/robot",
+        "image": "cam/raw",
+        "estimator": "dis",
+    }
+    client = Client()
+    process = start(tmp_path, DEMO, arguments)
+    try:
+        flow = client.listen("/robot/flow/flow", Image)
+        wait_until(lambda: [msg for msg in flow if flow_error(msg, scene) < 0.5], 30, "flow of the video")
+        assert client.dump("/robot/flow")["input"] == "/robot/cam/raw"
+        assert client.dump("/robot/camera")["state"] == "streaming"
+        assert client.get("rate", node="/robot/camera") == 8.0
+        assert client.node.count_publishers("/robot/cam/camera_info") == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert (tmp_path / "out.txt").read_text().count("process has finished cleanly") == 2
+    except BaseException:
+        print((tmp_path / "out.txt").read_text())
+        raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+        client.close()
+
+
+@pytest.mark.parametrize("given", [{"rate": "fast"}, {"loop": "perhaps"}])
+def test_a_value_of_the_demo_of_the_wrong_type_is_named(given):
+    spec = importlib.util.spec_from_file_location("demo_launch", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    context = launch.LaunchContext()
+    context.launch_configurations.update({name: default for name, (default, _) in module.ARGUMENTS.items()})
+    assert len(module.start_camera(context)) == 1
+    context.launch_configurations.update(given)
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=f"{name}:={value}"):
+        module.start_camera(context)

@@ -101,6 +101,7 @@ def test_an_estimator_that_returns_no_flow_fails_by_name(result, reason):
 def test_the_estimators_failure_is_not_the_outputs():
     reports = []
     values = {"min_interval": 0.0, "max_interval": 1.0, "frame_step": 1, "max_pixels": 10_000}
+    values["rectify"] = False
     pipeline = Pipeline(Statistics(), lambda *what: reports.append(what), values.__getitem__)
     seen = []
 
@@ -247,3 +248,33 @@ def test_the_profile_is_used_unless_the_user_chose_one(monkeypatch, tmp_path):
     assert os.environ[names[1]] and not os.environ[names[0]]
     with pytest.raises(FileNotFoundError, match="config/none.yaml"):
         share_file("config/none.yaml")
+
+
+def test_the_shipped_parameter_files_fit_the_nodes():
+    pytest.importorskip("rclpy", reason="ROS 2 is not installed")
+    yaml = pytest.importorskip("yaml")
+    from qpwc_ros.nodes import camera, flow
+    from qpwc_ros.plugins.base import Output
+
+    specs = list(flow.PARAMETERS)
+    for group, table in ENTRY_POINTS.items():
+        for name in table:
+            specs += registry.load(group, name, Estimator if group == ESTIMATORS else Output).parameters
+    flow_specs = {spec.name: spec for spec in specs}
+    flow_specs["estimator"] = ParameterSpec(
+        "estimator", "tflite", "", choices=tuple(ENTRY_POINTS[ESTIMATORS])
+    )
+    files = sorted(share_file("config/flow.yaml").parent.glob("*.yaml"))
+    assert len(files) >= 6
+    for file in files:
+        known = {s.name: s for s in camera.PARAMETERS} if file.name == "camera.yaml" else flow_specs
+        values = yaml.safe_load(file.read_text())["/**"]["ros__parameters"]
+        for name, value in values.items():
+            spec = known[name]
+            assert isinstance(value, type(spec.default)), (file.name, name)
+            assert spec.refusal(value) is None, (file.name, name)
+            assert spec.minimum is None or spec.minimum <= value <= spec.maximum, (file.name, name)
+            if file.name in ("flow.yaml", "camera.yaml"):
+                assert value == spec.default, (file.name, name)
+        if file.name == "camera.yaml":
+            assert set(values) == set(known)

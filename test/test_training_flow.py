@@ -391,6 +391,26 @@ def test_missing_textures_end_training_with_one_line(tmp_path, textures, single_
     assert not list(tmp_path.glob("run/*.h5"))
 
 
+def test_what_an_input_raises_comes_out_of_tensorflow_as_itself():
+    def failing():
+        yield {"x": np.zeros(1, np.float32)}
+        raise ChildProcessError("a rendering process ended with code -9")
+
+    with pytest.raises(ChildProcessError, match="code -9"), loop.own_errors(failing()) as stream:
+        for _ in loop.as_dataset(stream, {"x": tf.TensorSpec((1,), tf.float32)}):
+            pass
+
+
+@pytest.mark.parametrize("content", [None, b"no weights"])
+def test_unusable_initial_weights_are_refused_by_name(tmp_path, single_point, content):
+    path = tmp_path / "initial.weights.h5"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}: not weights of this network"):
+        loop.train(loop.TrainConfig(network="single", initial=str(path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_data_set_reaches_the_rendering_processes(tmp_path, textures, single_point, capsys):
     """What is wrong with it ends training with one line, before anything is compiled."""
     config = loop.TrainConfig(dataset="hd1k", dataset_root="data", scene_share=0.25)

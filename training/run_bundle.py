@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     from qpwc_core.data.pipeline import PipelineConfig, worker_batches
+    from qpwc_core.errors import QpwcError
     from qpwc_core.training.bundle_runner import Bundle, RunLimits, run
 
     output = args.output or args.directory / "run"
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         limits = RunLimits(args.steps, args.minutes, args.save_minutes, args.report_steps)
         with worker_batches(pipeline, seed, args.workers) as batches:
             print(run(bundle, batches, output, limits))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, QpwcError) as error:
         print(f"run_bundle: {error}", file=sys.stderr)
         return 1
     return 0

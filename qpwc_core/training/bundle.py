@@ -24,8 +24,8 @@ import tensorflow as tf
 import tf_keras as keras
 
 from qpwc_core.model.network import build_network
-from qpwc_core.training.loop import TrainConfig, batch_signature, network_config, start_from_data
-from qpwc_core.training.trainer import FlowTrainer, make_optimizer
+from qpwc_core.training.loop import TrainConfig, batch_signature, load_initial, network_config, start_from_data
+from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 FORMAT = 1
 
@@ -39,13 +39,10 @@ def make_trainer(config: TrainConfig) -> FlowTrainer:
     keras.utils.set_random_seed(config.seed)
     network = build_network(point, config.height, config.width, batch=config.batch)
     if config.initial:
-        network.load_weights(config.initial)
+        load_initial(network, config.initial)
     start_from_data(network, point, config)
     trainer = FlowTrainer(network)
-    trainer.compile(
-        optimizer=make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay)
-    )
-    trainer.optimizer.build(network.trainable_variables)
+    prepare_optimizer(trainer, config)
     return trainer
 
 

@@ -15,11 +15,19 @@ from qpwc_core.data.pipeline import Batch, PipelineConfig, batches
 from qpwc_core.data.scenes import SceneConfig
 from qpwc_core.data.triplets import TRIPLET_DATASETS, VideoConfig, triplet_stream
 from qpwc_core.model.config import NetworkConfig
-from qpwc_core.model.initialization import initialize_from_data
 from qpwc_core.model.interpolator import Interpolator, downscale, output_levels
 from qpwc_core.model.layers import PIXEL_SCALE, PIXEL_ZERO, normalize
 from qpwc_core.model.network import build_network
-from qpwc_core.training.loop import as_dataset, check_directory, network_config, save_weights, write_config
+from qpwc_core.training.loop import (
+    FRESH_PAIRS,
+    as_dataset,
+    check_directory,
+    fit_to_scenes,
+    network_config,
+    own_errors,
+    save_weights,
+    write_config,
+)
 from qpwc_core.training.losses import masked_mean
 from qpwc_core.training.trainer import make_optimizer
 
@@ -211,23 +219,25 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
         write_config(directory, config, point)
         interpolator(first)  # builds it, so that a backup can be restored
         if not done:
-            initialize_from_data(network, np.concatenate([first["prev"], first["next"]]))
+            fit_to_scenes(network, point, scenes, config.seed, FRESH_PAIRS, fresh=True)
         held_back = validation_triplets(config)
         average = tf.image.psnr(plain_average(held_back["prev"], held_back["next"]), held_back["middle"], 255)
         print(f"validation: averaging the two frames has a PSNR of {float(tf.reduce_mean(average)):.2f} dB")
         validation = tf.data.Dataset.from_tensor_slices(held_back).batch(config.batch, drop_remainder=True)
-        interpolator.fit(
-            as_training_data(as_dataset(stream, signature), list(outputs)),
-            validation_data=as_training_data(validation, list(outputs)),
-            epochs=-(-config.steps // config.epoch_steps),
-            steps_per_epoch=config.epoch_steps,
-            callbacks=[
-                KeepWeights(network, directory, "val_img_0_loss"),
-                keras.callbacks.CSVLogger(str(history), append=True),
-                keras.callbacks.BackupAndRestore(str(directory / "backup"), delete_checkpoint=False),
-                keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
-            ],
-            verbose=2,
-        )
+        callbacks = [
+            KeepWeights(network, directory, "val_img_0_loss"),
+            keras.callbacks.CSVLogger(str(history), append=True),
+            keras.callbacks.BackupAndRestore(str(directory / "backup"), delete_checkpoint=False),
+            keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
+        ]
+        with own_errors(stream) as triplets:
+            interpolator.fit(
+                as_training_data(as_dataset(triplets, signature), list(outputs)),
+                validation_data=as_training_data(validation, list(outputs)),
+                epochs=-(-config.steps // config.epoch_steps),
+                steps_per_epoch=config.epoch_steps,
+                callbacks=callbacks,
+                verbose=2,
+            )
     best = directory / "best.weights.h5"
     return best if best.exists() else directory / "last.weights.h5"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -20,7 +21,7 @@ from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
 from qpwc_core.model.initialization import fit_embeddings, initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, full_flow
-from qpwc_core.training.trainer import FlowTrainer, make_optimizer
+from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 Builder = Callable[..., keras.Model]
 
@@ -112,6 +113,30 @@ def batch_signature(config: TrainConfig) -> dict[str, tf.TensorSpec]:
 def as_dataset(batches, signature) -> tf.data.Dataset:
     """A tf.data.Dataset over an iterator of batches."""
     return tf.data.Dataset.from_generator(lambda: batches, output_signature=signature).prefetch(2)
+
+
+@contextlib.contextmanager
+def own_errors(stream: Iterator) -> Iterator[Iterator]:
+    """The stream, for a ``with`` statement around what consumes it through TensorFlow.
+
+    TensorFlow wraps whatever an input raises in an error of its own, with a long traceback; here what the stream
+    raised comes out again.
+    """
+    raised: list[Exception] = []
+
+    def watched() -> Iterator:
+        try:
+            yield from stream
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    try:
+        yield watched()
+    except tf.errors.OpError:
+        if raised:
+            raise raised[0] from None
+        raise
 
 
 class Predictor:
@@ -206,11 +231,7 @@ def fit(
         build: builds the same kind of network at the validation size.
         prepare: called before the first step of a fresh run.
     """
-    trainer.compile(
-        optimizer=make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay),
-        jit_compile=True,
-    )
-    trainer.optimizer.build(trainer.network.trainable_variables)
+    prepare_optimizer(trainer, config)
     samples = validation_samples(*config.validation_size, config.validation_count, config.validation_textures)
     validate = Validate(trainer, network_config, samples, directory, build)
     backup = keras.callbacks.BackupAndRestore(str(directory / "backup"), delete_checkpoint=False)
@@ -223,13 +244,14 @@ def fit(
     # A resumed run must not see the same scenes again.
     with worker_batches(config.pipeline(), config.seed + done * 104_729, config.workers) as stream:
         next(stream)  # unusable textures show here, before the long compilation
-        trainer.fit(
-            as_dataset(stream, batch_signature(config)),
-            epochs=-(-config.steps // config.epoch_steps),
-            steps_per_epoch=config.epoch_steps,
-            callbacks=[validate, backup, board],
-            verbose=2,
-        )
+        with own_errors(stream) as batches:
+            trainer.fit(
+                as_dataset(batches, batch_signature(config)),
+                epochs=-(-config.steps // config.epoch_steps),
+                steps_per_epoch=config.epoch_steps,
+                callbacks=[validate, backup, board],
+                verbose=2,
+            )
     with trainer.averaged():
         save_weights(trainer.network, directory / "last.weights.h5")
     best = directory / "best.weights.h5"
@@ -263,20 +285,38 @@ def check_directory(directory: Path, network: NetworkConfig) -> None:
             raise ValueError(f"{directory} holds a run of a different network; choose another directory")
 
 
+def load_initial(network: keras.Model, path: str) -> None:
+    """Loads the weights that a run starts from.
+
+    Raises:
+        ValueError: they cannot be read, or belong to another network.
+    """
+    try:
+        network.load_weights(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not weights of this network ({str(error).splitlines()[0]})") from error
+
+
 def start_from_data(network: keras.Model, point: NetworkConfig, config: TrainConfig) -> None:
     """What happens to a network before its first step: see ``qpwc_core.model.initialization``."""
     pairs = config.refit_embeddings if config.initial else FRESH_PAIRS
-    if not pairs:
-        return
+    if pairs:
+        fit_to_scenes(network, point, config.pipeline(), config.seed, pairs, fresh=not config.initial)
+
+
+def fit_to_scenes(
+    network: keras.Model, point: NetworkConfig, source: PipelineConfig, seed: int, pairs: int, *, fresh: bool
+) -> None:
+    """Fits the matching features of a network, and first everything else if it is ``fresh``, to rendered pairs."""
     # Always rendered ones: their flow is known everywhere.
-    source = dataclasses.replace(config.pipeline(), dataset=None, dataset_root=None)
-    rng = np.random.default_rng(config.seed)
-    samples = list(itertools.islice(flow_samples(source, source.load_textures(config.seed), rng), pairs))
+    source = dataclasses.replace(source, dataset=None, dataset_root=None, triplets=False)
+    rng = np.random.default_rng(seed)
+    samples = list(itertools.islice(flow_samples(source, source.load_textures(seed), rng), pairs))
     images = np.stack([s.prev for s in samples] + [s.next for s in samples])
     # The data-driven initialization runs the whole network, which may be built for a fixed batch.
-    anywhere = build_network(point, config.height, config.width)
+    anywhere = build_network(point, source.scene.height, source.scene.width)
     anywhere.set_weights(network.get_weights())
-    if not config.initial:
+    if fresh:
         initialize_from_data(anywhere, images)
     visible = np.stack([s.valid & ~s.occluded for s in samples])
     fit_embeddings(anywhere, point, images, np.stack([s.flow for s in samples]), visible)
@@ -296,7 +336,7 @@ def train(config: TrainConfig, directory: Path) -> Path:
     keras.utils.set_random_seed(config.seed)
     network = build_network(point, config.height, config.width, batch=config.batch)
     if config.initial:
-        network.load_weights(config.initial)
+        load_initial(network, config.initial)
     # Last: options that do not work must not replace the config of a run that does.
     check_directory(directory, point)
     write_config(directory, config, point)

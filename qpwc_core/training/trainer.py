@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Mapping
+from typing import Iterator, Mapping, Protocol
 
 import tensorflow as tf
 import tf_keras as keras
@@ -166,3 +166,19 @@ def make_optimizer(peak: float, total_steps: int, warmup_steps: int, weight_deca
     return keras.optimizers.AdamW(
         OneCycle(peak, total_steps, warmup_steps), weight_decay=weight_decay, jit_compile=False
     )
+
+
+class Schedule(Protocol):
+    """What the optimizer needs of a run's config."""
+
+    learning_rate: float
+    steps: int
+    warmup: int
+    weight_decay: float
+
+
+def prepare_optimizer(trainer: FlowTrainer, config: Schedule) -> None:
+    """Gives a trainer its optimizer, with all its variables, so that its state can be restored or exported."""
+    optimizer = make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay)
+    trainer.compile(optimizer=optimizer, jit_compile=True)
+    trainer.optimizer.build(trainer.network.trainable_variables)

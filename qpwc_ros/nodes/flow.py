@@ -12,36 +12,29 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import os
-import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import Trigger
 
 from qpwc_ros import diagnostics
 from qpwc_ros.codec import MAX_PIXELS
 from qpwc_ros.frames import one_line
-from qpwc_ros.parameters import ParameterError, ParameterSpec, declare
+from qpwc_ros.nodes.running import guarded, run
+from qpwc_ros.parameters import ParameterSpec, declare
 from qpwc_ros.pipeline import Arrival, Pipeline
 from qpwc_ros.plugins import registry
 from qpwc_ros.plugins.base import Estimator, Output
 from qpwc_ros.plugins.builtin import ESTIMATORS, OUTPUTS
-from qpwc_ros.share import use_large_shared_memory
 from qpwc_ros.statistics import Statistics
 from qpwc_ros.worker import LatestWorker
 
@@ -63,6 +56,9 @@ PARAMETERS = (
     ),
     ParameterSpec(
         "max_pixels", MAX_PIXELS, "Images with more pixels are refused.", minimum=1024, maximum=2**31
+    ),
+    ParameterSpec(
+        "rectify", False, "Take the lens's distortion out first, by camera_info; the outputs are rectified."
     ),
     ParameterSpec(
         "max_interval",
@@ -98,22 +94,6 @@ SILENCE = 2.0
 #: Seconds given to an inference to finish on deactivate, and when the process ends.
 STOP_TIMEOUT = 30.0
 EXIT_TIMEOUT = 1.0
-
-
-def guarded(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that reports its exceptions instead of raising: one raised in a callback ends spinning."""
-
-    @functools.wraps(callback)
-    def call(self: FlowNode, *args: Any) -> Any:
-        try:
-            return callback(self, *args)
-        except Exception as error:
-            if self.context.ok():
-                self.report("internal_errors", f"{callback.__name__}: {one_line(error)}")
-                self.get_logger().debug(traceback.format_exc())
-            return None
-
-    return call
 
 
 class FlowNode(LifecycleNode):
@@ -512,6 +492,7 @@ class FlowNode(LifecycleNode):
         listened = self._pipeline.wanted_outputs() if self.state == "active" else []
         values["listened_outputs"] = ", ".join(name for name, _ in listened)
         values["disabled_outputs"] = ", ".join(dict(self._pipeline.disabled))
+        values.update(self._pipeline.describe_outputs())
         values.update(diagnostics.figures(self.statistics))
         return values
 
@@ -544,54 +525,7 @@ class _Absent(Output):
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; returns the exit code."""
-    use_large_shared_memory()
-    node, initialized = None, False
-    # Not rclpy's own handlers: they shut the context down at once, under a worker that may be publishing.
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-        initialized = True
-        node = FlowNode()
-        _spin(node, stop)
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except ParameterError as error:
-        print(f"flow: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        # A signal during the start takes the context away from under the constructor.
-        if rclpy.ok() or not initialized:
-            raise
-    finally:
-        # From here on a second Ctrl-C would only interrupt the clean end.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        finished = node is None or node.close()
-        if not finished:
-            # Python would tear down the interpreter under a thread that is still computing.
-            sys.stderr.flush()
-            os._exit(0)
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
-
-
-def _spin(node: FlowNode, stop: threading.Event) -> None:
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    while rclpy.ok() and not stop.is_set():
-        try:
-            # A signal is seen between waits.
-            executor.spin_once(timeout_sec=0.1)
-        except (KeyboardInterrupt, ExternalShutdownException):
-            return
-        except Exception as error:  # of rclpy itself: our callbacks are guarded
-            if not rclpy.ok():
-                return
-            node.report("internal_errors", one_line(error))
-            time.sleep(0.01)
+    return run(FlowNode, "flow", args)
 
 
 if __name__ == "__main__":

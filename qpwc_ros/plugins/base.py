@@ -114,6 +114,10 @@ class Output(ABC):
     def publish(self, pair: FramePair) -> None:
         """Publish what there is to say about a pair; what is asked of it is computed then, not before."""
 
+    def describe(self) -> dict[str, str]:
+        """What diagnostics shall say about it; called from another thread than `publish`."""
+        return {}
+
     def parameter(self, name: str) -> Any:
         """The present value of one of the node's parameters."""
         return self.node.get_parameter(name).value

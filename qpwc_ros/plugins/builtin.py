@@ -19,5 +19,6 @@ ENTRY_POINTS = {
         "color": "qpwc_ros.plugins.outputs:ColorOutput",
         "confidence": "qpwc_ros.plugins.outputs:ConfidenceOutput",
         "interpolated": "qpwc_ros.plugins.outputs:InterpolatedOutput",
+        "motion": "qpwc_ros.plugins.motion:MotionOutput",
     },
 }

@@ -134,6 +134,7 @@ class InterpolatedOutput(Output):
         self._raw = self.advertise(Image, "~/interpolated")
         self._compressed = self.advertise(CompressedImage, "~/interpolated/compressed")
         self._info = self.advertise(CameraInfo, "~/interpolated/camera_info")
+        self._merged: int | None = None
 
     def wants_camera_info(self) -> bool:
         return self.listened(self._info)
@@ -141,7 +142,10 @@ class InterpolatedOutput(Output):
     def publish(self, pair: FramePair) -> None:
         moments = between(pair, self.parameter("interpolation_factor"))
         if self.parameter("interpolation_merge"):
+            if self._merged != pair.prev.stamp:  # the first pair of a series: nobody has had this frame yet
+                moments.insert(0, (0.0, pair.prev.stamp))
             moments.append((1.0, pair.next.stamp))
+            self._merged = pair.next.stamp
         raw, compressed, info = (self.listened(p) for p in (self._raw, self._compressed, self._info))
         for t, stamp in moments:
             if raw or compressed:
@@ -153,8 +157,8 @@ class InterpolatedOutput(Output):
     def _image_at(pair: FramePair, t: float) -> np.ndarray:
         from qpwc_core.runtime.synthesis import synthesize
 
-        if t == 1.0:
-            return pair.next.rgb
+        if t in (0.0, 1.0):
+            return (pair.next if t else pair.prev).rgb
         return synthesize(pair.prev.rgb, pair.next.rgb, pair.flow, pair.backward, t)
 
     def _publish_image(

@@ -1,0 +1,204 @@
+"""What a model costs, and gives, on a Raspberry Pi 5's processor: emulated, so counted in instructions.
+
+    python benchmarks/aarch64/run.py --root DIR --prepare      # once, as root on Debian or Ubuntu; minutes
+    python benchmarks/aarch64/run.py --root DIR                # as root; the bundled models, int8 and float32
+
+Runs the models under qemu-user as a Cortex-A76, one thread, and prints instructions per frame of a stream (encode it,
+match it with the one before), the ratio of int8 to float32, and how far the flow is from the one this machine
+computes. Counts repeat to well under 1 %; emulated *time* would mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from qpwc_core.cli.common import print_table
+from qpwc_core.data.render import render
+from qpwc_core.data.scenes import SceneConfig, sample_scene
+from qpwc_core.data.textures import procedural_bank
+from qpwc_core.errors import QpwcError
+from qpwc_core.runtime.models import PRECISIONS, ModelInfo, find_model, list_models, read_model_info
+
+#: What the guest's Python imports besides the standard library.
+PACKAGES = (
+    "ai-edge-litert", "numpy", "protobuf", "flatbuffers", "tqdm", "typing-extensions", "backports-strenum", "ml-dtypes"
+)  # fmt: skip
+SUITE, PYTHON = "bookworm", "3.11"
+#: LiteRT chooses its kernels by this; without it, it takes slow ones.
+CPUINFO = """processor\t: 0
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0b
+CPU revision\t: 1
+"""
+
+
+def command(*words: object) -> None:
+    subprocess.run([str(word) for word in words], check=True)
+
+
+def pins() -> list[str]:
+    """The pinned versions that the robot gets, of what the guest needs."""
+    lines = (ROOT / "requirements" / "runtime.txt").read_text().splitlines()
+    chosen = []
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        if requirement.partition("==")[0] in PACKAGES and "<" not in marker:
+            chosen.append(requirement.strip())
+    return chosen
+
+
+def prepare(root: Path) -> None:
+    """Makes ``root`` a small arm64 system with Python, LiteRT, NumPy, and qemu to run it."""
+    for tool, package in (("debootstrap", "debootstrap"), ("qemu-aarch64", "qemu-user"), ("cc", "gcc")):
+        if not shutil.which(tool):
+            raise SystemExit(f"aarch64: {tool} is missing; apt install {package}")
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "usr/bin/python3").exists():
+        command("debootstrap", "--arch=arm64", "--foreign", "--variant=minbase", "--include=python3", SUITE, root)
+        # The second stage would run every package's scripts under emulation; unpacking is enough for Python.
+        for package in sorted((root / "var/cache/apt/archives").glob("*.deb")):
+            command("dpkg-deb", "-x", package, root)
+    for path, text in (
+        ("proc/cpuinfo", CPUINFO),
+        ("sys/devices/system/cpu/possible", "0\n"),
+        ("sys/devices/system/cpu/present", "0\n"),
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    site = root / "qpwc/site"
+    with tempfile.TemporaryDirectory() as wheels:
+        platforms = [f"--platform=manylinux{tag}_aarch64" for tag in ("_2_28", "_2_27", "2014", "_2_17")]
+        command(
+            sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", *platforms,
+            f"--python-version={PYTHON}", "--implementation=cp", "-d", wheels, *pins(),
+        )  # fmt: skip
+        for wheel in Path(wheels).glob("*.whl"):
+            command(sys.executable, "-m", "zipfile", "-e", wheel, site)
+    host = root / "qpwc/host"
+    host.mkdir(parents=True, exist_ok=True)
+    qemu = shutil.which("qemu-aarch64")
+    shutil.copy(qemu, host / "qemu-aarch64")
+    # qemu itself runs inside of the root, where its own libraries are not.
+    listing = subprocess.run(["ldd", qemu], check=True, capture_output=True, text=True).stdout
+    for library in re.findall(r"(/\S+) \(0x", listing):
+        shutil.copy(library, host)
+    command("cc", "-O2", "-shared", "-fPIC", "-o", host / "count.so", HERE / "count.c")
+    print(f"{root} is ready")
+
+
+class Guest:
+    """The emulated machine."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._host = root / "qpwc/host"
+        loaders = list(self._host.glob("ld-linux-*.so*"))
+        if not loaders:
+            raise SystemExit(f"aarch64: {root} is not prepared; run with --prepare first")
+        self._loader = loaders[0].name
+        shutil.copy(HERE / "guest.py", root / "qpwc/guest.py")
+
+    def run(self, model: Path, frames: Path, encode_repeats: int, match_repeats: int) -> tuple[int, np.ndarray]:
+        """Instructions of the whole run, and the flow."""
+        with tempfile.TemporaryDirectory(dir=self._root / "qpwc") as folder:
+            inside = Path("/qpwc") / Path(folder).name
+            shutil.copy(model, Path(folder) / "model.tflite")
+            shutil.copy(frames, Path(folder) / "frames.npz")
+            done = subprocess.run(
+                [
+                    "chroot", self._root, f"/qpwc/host/{self._loader}", "--library-path", "/qpwc/host",
+                    "/qpwc/host/qemu-aarch64", "-cpu", "cortex-a76", "-E", "PYTHONPATH=/qpwc/site",
+                    "-plugin", "/qpwc/host/count.so",
+                    f"/usr/bin/python{PYTHON}", "/qpwc/guest.py", inside / "model.tflite", inside / "frames.npz",
+                    inside / "out.npz", str(encode_repeats), str(match_repeats),
+                ],
+                capture_output=True,
+                text=True,
+            )  # fmt: skip
+            counted = re.search(r"guest instructions: (\d+)", done.stderr)
+            if done.returncode or not counted:
+                last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+                raise SystemExit(f"aarch64: the emulated program failed: {last}")
+            with np.load(Path(folder) / "out.npz") as out:
+                return int(counted[1]), out["flow"]
+
+
+def frames_for(info: ModelInfo, path: Path) -> None:
+    """Writes a rendered pair of the network's input size."""
+    bank = procedural_bank(0)
+    scene = SceneConfig(height=info.height, width=info.width, motion=(8.0, 8.0))
+    sample = render(sample_scene(np.random.default_rng(0), scene, bank), bank)
+    np.savez(path, prev=sample.prev, next=sample.next)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="bundled names or .tflite files (default: all bundled)")
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="the arm64 system")
+    parser.add_argument("--prepare", action="store_true", help="make it")
+    args = parser.parse_args(arguments)
+    if args.prepare:
+        prepare(args.root.absolute())
+        return 0
+    names = args.models or list(dict.fromkeys(info.name for info in list_models()))
+    paths = [
+        path
+        for name in names
+        for path in ([Path(name)] if name.endswith(".tflite") else [find_model(name, p) for p in PRECISIONS])
+    ]
+    guest = Guest(args.root.absolute())
+    rows, streamed = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        frames = Path(folder) / "frames.npz"
+        for path in paths:
+            info = read_model_info(path)
+            frames_for(info, frames)
+            once, flow = guest.run(path, frames, 1, 1)
+            encode = (guest.run(path, frames, 3, 1)[0] - once) / 2
+            match = (guest.run(path, frames, 1, 3)[0] - once) / 2
+            here = Path(folder) / "here.npz"
+            command(sys.executable, HERE / "guest.py", path, frames, here, 1, 1)
+            with np.load(here) as out:
+                distance = np.linalg.norm(out["flow"] - flow, axis=-1)
+            streamed[info.name, info.precision] = encode + match
+            rows.append(
+                [
+                    f"{info.name} {info.precision}",
+                    *(f"{value / 1e6:.0f}" for value in (encode, match, encode + match)),
+                    f"{distance.mean():.4f}",
+                    f"{np.percentile(distance, 99.9):.4f}",
+                ]
+            )
+    unit = "million instructions"
+    print_table(
+        rows, ["model", f"encode, {unit}", "match", "streamed frame", f"mean px from {platform.machine()}", "99.9 %"]
+    )
+    for name in dict.fromkeys(name for name, _ in streamed):
+        pair = [streamed.get((name, precision)) for precision in ("int8", "float32")]
+        if all(pair):
+            print(f"{name}: int8 / float32 = {pair[0] / pair[1]:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (OSError, QpwcError, subprocess.CalledProcessError) as error:
+        sys.exit(f"aarch64: {error}")

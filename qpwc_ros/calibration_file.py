@@ -1,0 +1,48 @@
+"""Calibration files as camera_calibration writes them and camera drivers read them (camera_info_url)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class CalibrationError(Exception):
+    """A calibration file cannot be used; the text says why, in one line."""
+
+
+def read_calibration(path: str | os.PathLike[str], info: Any) -> Any:
+    """Fill a sensor_msgs/CameraInfo from a YAML file and return it.
+
+    Raises:
+        CalibrationError: the file is missing, or is no calibration.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"calibration {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise CalibrationError(f"calibration {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise CalibrationError(f"calibration {path}: no mapping of names to values")
+    try:
+        info.width, info.height = int(content["image_width"]), int(content["image_height"])
+        info.distortion_model = str(content["distortion_model"])
+        info.d = _numbers(content, "distortion_coefficients", None)
+        info.k = _numbers(content, "camera_matrix", 9)
+        info.r = _numbers(content, "rectification_matrix", 9)
+        info.p = _numbers(content, "projection_matrix", 12)
+    except KeyError as error:
+        raise CalibrationError(f"calibration {path}: {error} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(f"calibration {path}: {' '.join(str(error).split())}") from None
+    return info
+
+
+def _numbers(content: Any, name: str, count: int | None) -> list[float]:
+    numbers = [float(value) for value in content[name]["data"]]
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"{name} has {len(numbers)} numbers, not {count}")
+    return numbers
