@@ -44,6 +44,7 @@ setup(
     install_requires=["numpy>=1.24", "opencv-python-headless>=4.6", "ai-edge-litert>=1.2", "tqdm>=4.60"],
     extras_require={
         "replay": ["rosbags>=0.10", "jinja2>=3.0"],
+        "cluster": ["distributed>=2024.1"],
         "train": [
             "tensorflow>=2.16",
             "tf-keras>=2.16",
@@ -55,10 +56,12 @@ setup(
     entry_points={
         "console_scripts": [
             "qpwc = qpwc_core.cli.main:main",
+            "camera = qpwc_ros.nodes.camera:main",
             "flow = qpwc_ros.nodes.flow:main",
             "replay = qpwc_ros.replay.command:main",
         ],
-        "qpwc.commands": ["replay = qpwc_ros.replay.command"],  # qpwc_core knows its own
+        # qpwc_core knows its own
+        "qpwc.commands": ["replay = qpwc_ros.replay.command", "bag = qpwc_ros.convert.command"],
         **{group: entries(table) for group, table in plugins.items()},
     },
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import cv2
 import numpy as np
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag1 import Writer as Ros1Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
 IMAGE = "sensor_msgs/msg/Image"
@@ -93,15 +95,20 @@ def write_bag(
     rate: float = 10.0,
     stamps: list[int] | None = None,
     with_imu: bool = False,
+    compression: CompressionMode | None = None,
+    start: int = START,
 ) -> list[int]:
     """Write a bag with the frames on every topic, and camera info beside them; returns the stamps (ns).
 
     `stamps` are the header stamps; the time of recording always counts up by 1/`rate`.
     """
-    recorded = [START + round(k * 1e9 / rate) for k in range(len(frames))]
+    recorded = [start + round(k * 1e9 / rate) for k in range(len(frames))]
     stamps = recorded if stamps is None else stamps
     kind, make = (COMPRESSED_IMAGE, compressed_image) if compressed else (IMAGE, image)
-    with Writer(path, version=9, storage_plugin=STORAGE[storage]) as writer:
+    writer = Writer(path, version=9, storage_plugin=STORAGE[storage])
+    if compression is not None:
+        writer.set_compression(compression, CompressionFormat.ZSTD)
+    with writer:
         images = [writer.add_connection(topic, kind, typestore=STORE) for topic in topics]
         infos = writer.add_connection("/cam/camera_info", CAMERA_INFO, typestore=STORE)
         imus = writer.add_connection("/imu", IMU, typestore=STORE) if with_imu else None
@@ -114,3 +121,39 @@ def write_bag(
             for connection in images:
                 writer.write(connection, at, STORE.serialize_cdr(make(frame, stamp), kind))
     return stamps
+
+
+def write_ros1_bag(path: Path, frames: list[np.ndarray], compression: str | None = None) -> list[int]:
+    """Write a ROS 1 bag with images and camera info; `compression` is None, "BZ2" or "LZ4"."""
+    store = get_typestore(Stores.ROS1_NOETIC)
+    types = store.types
+    writer = Ros1Writer(path)
+    if compression:
+        writer.set_compression(Ros1Writer.CompressionFormat[compression])
+    stamps = [START + k * 10**8 for k in range(len(frames))]
+    with writer:
+        images = writer.add_connection("/cam/image_raw", IMAGE, typestore=store)
+        infos = writer.add_connection("/cam/camera_info", CAMERA_INFO, typestore=store)
+        for number, (frame, stamp) in enumerate(zip(frames, stamps)):
+            time = types["builtin_interfaces/msg/Time"](sec=stamp // 10**9, nanosec=stamp % 10**9)
+            head = types["std_msgs/msg/Header"](seq=number, stamp=time, frame_id="camera")
+            new = camera_info(frame.shape[1], frame.shape[0], stamp)
+            roi = types["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
+            info = types[CAMERA_INFO](
+                head, new.height, new.width, "plumb_bob", new.d, new.k, new.r, new.p, 0, 0, roi
+            )
+            writer.write(infos, stamp, store.serialize_ros1(info, CAMERA_INFO))
+            message = types[IMAGE](
+                head, frame.shape[0], frame.shape[1], "rgb8", 0, frame.shape[1] * 3, frame.ravel()
+            )
+            writer.write(images, stamp, store.serialize_ros1(message, IMAGE))
+    return stamps
+
+
+def run_replay(*arguments: object) -> int:
+    """`qpwc replay` in this process."""
+    from qpwc_ros.replay import command
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(a) for a in arguments]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qpwc_ros.replay.bag import Bag, typestore
-from qpwc_ros.replay.evaluate import pixels
+from qpwc_ros.replay.decode import pixels
 
 CITY = Path(__file__).resolve().parent / "data" / "city"
 

@@ -16,7 +16,15 @@ from replay_bags import moving_frames, write_bag
 
 pytest.importorskip("rclpy")
 
-from qpwc_ros.replay.results import BETWEEN, COLOR, FLOW, HELD_BACK, INTERVAL, read_pairs  # noqa: E402
+from qpwc_ros.replay.results import (  # noqa: E402
+    BETWEEN,
+    COLOR,
+    CONFIDENCE,
+    FLOW,
+    HELD_BACK,
+    INTERVAL,
+    read_pairs,
+)
 
 pytestmark = pytest.mark.live
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,28 +55,35 @@ def test_every_pair_is_answered_and_matched_by_stamp(tmp_path, compressed):
     count = 25
     topic = "/cam/image_raw/compressed" if compressed else "/cam/image_raw"
     stamps = write_bag(
-        tmp_path / "bag", moving_frames(count, DX, DY), rate=10, compressed=compressed, topics=(topic,)
+        tmp_path / "bag", moving_frames(count, DX, DY), rate=5, compressed=compressed, topics=(topic,)
     )
     out = tmp_path / "out"
     done = replay(tmp_path / "bag", "--estimator", "dis", "--report", out)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((out / "metrics.json").read_text())
     summary = metrics["summary"]
-    assert (summary["pairs_in"], summary["flows_out"], summary["dropped"]) == (12, 12, 0)
-    # Played at the recorded rate: a frame was given every 200 ms.
-    assert summary["seconds"] == pytest.approx(12 * 0.2, abs=0.4)
-    assert 0 < summary["latency_p50_ms"] < 200
-    assert summary["frames_scored"] == 12
+    # A machine that stalls for a while drops some, and says so.
+    answered = summary["flows_out"]
+    assert summary["pairs_in"] == answered + summary["dropped"] == 12 and answered >= 4
+    # Played at the recorded rate: a frame was given every 400 ms.
+    assert summary["seconds"] > 11.5 * 0.4
+    assert 0 < summary["latency_p50_ms"] <= summary["latency_p95_ms"]
     assert summary["psnr_mean_db"] > summary["psnr_average_mean_db"] + 5
     assert metrics["diagnostics"]["estimator"] == "dis"
 
     pairs = list(read_pairs(out / "results", 10**9))
     assert [(p.previous_stamp, p.stamp) for p in pairs] == list(zip(stamps[::2], stamps[2::2]))
-    for pair, middle in zip(pairs, stamps[1::2]):
-        assert pair.flow_from == pair.previous_stamp
-        assert [at for at, _ in pair.between] == [at for at, _ in pair.held_back] == [middle]
-        vectors = np.frombuffer(pair.flow.data, "<f4").reshape(120, 160, 2)[16:-16, 16:-16]
-        assert np.abs(np.median(vectors, (0, 1)) - [2 * DX, 2 * DY]).max() < 0.1
+    assert [[at for at, _ in pair.held_back] for pair in pairs] == [[stamp] for stamp in stamps[1::2]]
+    flows = [pair for pair in pairs if pair.answer().flow is not None]
+    direct = [pair for pair in flows if pair.answer().flow_from == pair.previous_stamp]
+    assert len(flows) == answered and summary["frames_scored"] == len(direct) >= 1
+    for pair in flows:
+        # Of the frames that it says it is of, also where some between were dropped.
+        frames = stamps.index(pair.stamp) - stamps.index(pair.answer().flow_from)
+        vectors = np.frombuffer(pair.answer().flow.data, "<f4").reshape(120, 160, 2)[16:-16, 16:-16]
+        assert np.abs(np.median(vectors, (0, 1)) - [frames * DX, frames * DY]).max() < 0.1 * frames
+    for pair in direct:
+        assert [at for at, _ in pair.answer().between] == [at for at, _ in pair.held_back]
     assert {"pairs in", "flows out", "dropped", "latency p50"} <= {
         line[:11].rstrip() for line in done.stdout.splitlines()
     }
@@ -142,11 +157,13 @@ def test_node_that_dies_leaves_a_report_of_what_came_before(tmp_path):
     assert json.loads((out / "metrics.json").read_text())["summary"]["flows_out"] >= 3
 
 
-def test_results_bag_has_the_outputs_under_their_names(tmp_path):
+@pytest.mark.parametrize("confidence", [False, True])
+def test_results_bag_has_the_outputs_under_their_names(tmp_path, confidence):
     from rosbags.rosbag2 import Reader
 
     write_bag(tmp_path / "bag", moving_frames(9, 1, 0), rate=10)
-    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out").returncode == 0
+    options = ["--estimator", "dis", "--confidence"] if confidence else ["--estimator", "dis"]
+    assert replay(tmp_path / "bag", *options, "--report", tmp_path / "out").returncode == 0
     with Reader(tmp_path / "out" / "results") as reader:
         kinds = {c.topic: c.msgtype for c in reader.connections}
     assert kinds == {
@@ -156,4 +173,7 @@ def test_results_bag_has_the_outputs_under_their_names(tmp_path):
         INTERVAL: "sensor_msgs/msg/TimeReference",
         COLOR: "sensor_msgs/msg/Image",
         BETWEEN: "sensor_msgs/msg/Image",
+        **({CONFIDENCE: "sensor_msgs/msg/Image"} if confidence else {}),
     }
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["summary"]["means"]["consistency"] is not None) == confidence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import csv
 import html.parser
 import json
 import os
@@ -19,10 +19,11 @@ import pytest
 from mcap.reader import make_reader
 from mcap_ros2.decoder import DecoderFactory
 from replay_bags import moving_frames, write_bag
+from replay_bags import run_replay as replay
 
 from qpwc_core.errors import QpwcError
 from qpwc_ros.plugins.estimators import DisEstimator
-from qpwc_ros.replay import command, evaluate
+from qpwc_ros.replay import evaluate
 from qpwc_ros.replay.bag import Bag
 from qpwc_ros.replay.offline import run_offline
 from qpwc_ros.replay.results import ResultsWriter
@@ -31,12 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # Per frame; every second frame is held back, so the flow between those given is twice this.
 DX, DY = 3, -2
 COUNT = 21
-
-
-def replay(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(a) for a in arguments]))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +69,9 @@ def test_results_bag_opens_elsewhere_and_holds_the_true_flow(report):
         "/flow/flow": given - 1,
         "/flow/flow/interval": given - 1,
         "/flow/flow/color": given - 1,
+        "/flow/flow/confidence": given - 1,
         "/flow/interpolated": given - 1,
+        "/flow/error": given - 1,
     }
     for flow in messages["/flow/flow"]:
         assert (flow.encoding, flow.width, flow.height, flow.step) == ("32FC2", 160, 120, 160 * 8)
@@ -104,6 +101,28 @@ def test_figures_are_right(report):
     average = cv2.addWeighted(frames[0], 0.5, frames[2], 0.5, 0)
     assert metrics["pairs"][0]["psnr_average_db"] == pytest.approx(cv2.PSNR(average, frames[1]), abs=1e-3)
     assert metrics["ended_early"] is None
+    # The motion is an exact shift, so what the flow fetches from the second frame is the first one.
+    means = summary["means"]
+    assert 0.95 < means["ssim"] <= 1 and means["ssim"] > summary["ssim_average_mean"]
+    assert means["photometric"] < 3 and means["census"] < 0.05
+    assert means["consistency"] > 0.8
+    # 6 of 160 columns and 4 of 120 rows move out of the image.
+    assert means["coverage"] == pytest.approx((1 - 6 / 160) * (1 - 4 / 120), abs=0.03)
+    for field, (low, high) in summary["intervals"].items():
+        assert low <= means[field] <= high
+    assert summary["latency_p50_ms"] <= summary["latency_p95_ms"] <= summary["latency_p99_ms"]
+    assert summary["cpu_seconds"] > 0 and summary["peak_rss_mb"] > 10
+    assert summary["flows_per_second_computing"] >= summary["flows_per_second"]
+
+
+def test_csv_has_the_figures_of_every_pair(report):
+    with (report / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    pairs = json.loads((report / "metrics.json").read_text())["pairs"]
+    assert len(rows) == len(pairs) == COUNT // 2
+    for row, pair in zip(rows, pairs):
+        assert row["method"] == "dis" and int(row["stamp"]) == pair["stamp"]
+        assert float(row["psnr_db"]) == pair["psnr_db"] and row["epe_px"] == ""
 
 
 class Page(html.parser.HTMLParser):
@@ -138,7 +157,7 @@ def test_report_is_whole_and_self_contained(report):
     text = (report / "report.html").read_text()
     page = Page(text)
     assert page.open == []
-    assert {"summary", "series", "pairs", "setup"} <= set(page.ids)
+    assert {"summary", "means", "series", "pairs", "setup"} <= set(page.ids)
     assert page.links and all(link.startswith("data:") for link in page.links)
     assert "://" not in text and "@import" not in text and "<script" not in text
     plots = [i for i in page.images if i.startswith("data:image/svg+xml")]
@@ -178,7 +197,7 @@ def test_without_held_back_frames_all_are_paired(bag, tmp_path):
     assert (summary["pairs_in"], summary["flows_out"], summary["frames_scored"]) == (COUNT - 1, COUNT - 1, 0)
     assert summary["psnr_mean_db"] is None
     assert summary["motion_p95_px"] == pytest.approx(np.hypot(DX, DY), abs=0.7)
-    assert "Large motion: pair" in (out / "report.html").read_text()
+    assert "Worst: pair" in (out / "report.html").read_text()
 
 
 def test_a_gap_in_the_recording_is_no_pair(tmp_path):
@@ -202,7 +221,7 @@ def test_ctrl_c_ends_the_run_with_what_was_done(bag, tmp_path):
     with Bag(bag) as opened, ResultsWriter(tmp_path / "results") as writer:
         run = run_offline(opened, estimator, writer, hold_back=True, max_interval=10**9, progress=interrupt)
     assert run.interrupted and run.pairs == run.flows == 4
-    assert len(evaluate.measure(tmp_path / "results", run)) == 4
+    assert len(evaluate.measure(tmp_path / "results", run)["flow"]) == 4
 
 
 def test_damaged_bag_is_reported_up_to_the_damage(tmp_path, capsys):
@@ -214,7 +233,7 @@ def test_damaged_bag_is_reported_up_to_the_damage(tmp_path, capsys):
     data.write_bytes(content)
     assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out") == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("qpwc: error: ") and "damaged after" in error
+    assert error.startswith("qpwc: error: ") and "damaged: " in error
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["summary"]["flows_out"] >= 5 and "damaged" in metrics["ended_early"]
     assert "Ended early" in (tmp_path / "out" / "report.html").read_text()

@@ -33,7 +33,7 @@ class NetworkConfig:
     extra_convs: tuple[int, ...] = (0, 1, 1, 1, 1)
     finest_level: int = 3
     match_channels: int = 32
-    radii: tuple[int, ...] = (6, 4, 3)
+    radii: tuple[int, ...] = (4, 4, 3)
     sharpness: float = 10.0
     decoder: tuple[int, ...] = (64, 64, 48, 32)
     flow_input_range: float = 16.0

@@ -1,18 +1,20 @@
-"""Reading the camera frames of a rosbag2 recording (sqlite3 or mcap; a directory or a single file)."""
+"""Reading the camera frames of a recording: rosbag2 (sqlite3 or mcap, split, compressed) or ROS 1 (.bag)."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from rosbags.highlevel import AnyReader
-from rosbags.interfaces import Connection
 from rosbags.typesys import Stores, get_typestore
 
 from qpwc_core.errors import QpwcError
+from qpwc_ros.replay.salvage import DATA_SUFFIXES, ZSTD_SUFFIXES, Message, Salvage, Stream
 
 IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
@@ -24,6 +26,7 @@ class BagError(QpwcError):
     """A bag that is missing, damaged, or without what is needed; the message is one line that names it."""
 
 
+@lru_cache(maxsize=1)  # making one takes a fifth of a second
 def typestore():
     """The message definitions used for bags that carry none, and for what we write."""
     return get_typestore(Stores.ROS2_KILTED)
@@ -61,42 +64,76 @@ class Frame:
     info: bytes | None  # serialized CameraInfo that goes with it
 
 
+class _Indexed:
+    """A recording as rosbags reads it: by its index."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._reader = AnyReader(paths, default_typestore=typestore())
+        self._reader.open()
+        counts: dict[str, Stream] = {}
+        for c in self._reader.connections:
+            counts.setdefault(c.topic, Stream(c.topic, c.msgtype)).count += c.msgcount
+        self.streams = list(counts.values())
+        self.ros1 = not self._reader.is2
+        self.duration = max(0, self._reader.duration)
+
+    def messages(self, topics: set[str]) -> Iterator[Message]:
+        wanted = [c for c in self._reader.connections if c.topic in topics]
+        # Of one time, CameraInfo comes before its image.
+        wanted.sort(key=lambda c: c.msgtype != CAMERA_INFO)
+        for connection, recorded, raw in self._reader.messages(wanted) if wanted else ():
+            yield connection.topic, connection.msgtype, recorded, raw
+
+    def deserialize(self, raw: bytes, msgtype: str) -> object:
+        return self._reader.deserialize(raw, msgtype)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._reader.close()
+
+
 class Bag:
     """A recording opened for replay; use it as a context manager.
 
+    Of a damaged one the readable part is yielded, and then BagError raised, which says what was lost.
+
     Args:
-        path: the bag's directory, or its .mcap or .db3 file.
+        path: the bag's directory, or a .mcap, .db3 or (ROS 1) .bag file.
         topic: the image topic to read; by default the only camera in the bag.
+        need_images: False opens a bag also without a camera, for `messages` alone.
+
+    Attributes:
+        topic, message_type: of the images.
+        count: how many images the bag says it has.
+        skipped: frames left out so far because their stamps did not increase.
 
     Raises:
         BagError: there is no readable bag, or it has no, or several, or no such image topics.
     """
 
-    def __init__(self, path: str | Path, topic: str | None = None) -> None:
+    def __init__(self, path: str | Path, topic: str | None = None, *, need_images: bool = True) -> None:
         self.path = Path(path)
-        self.skipped = 0  # frames left out so far because their stamps did not increase
-        self._reader: AnyReader | None = None
-        if not self.path.exists():
-            raise BagError(f"{self.path}: no such bag")
-        if self.path.is_dir() and not (self.path / "metadata.yaml").is_file():
-            raise BagError(f"{self.path}: not a bag, the directory has no metadata.yaml")
-        if self.path.is_file() and self.path.suffix not in (".mcap", ".db3"):
-            raise BagError(f"{self.path}: not a bag: give its directory, or a .mcap or .db3 file")
+        self.skipped = 0
+        self._files = data_files(self.path)
+        self._damage: str | None = None  # why the index cannot be used
         try:
-            reader = AnyReader([self.path], default_typestore=typestore())
-            reader.open()
+            # A directory without metadata.yaml is what a killed recorder leaves.
+            whole = self.path.is_file() or (self.path / "metadata.yaml").is_file()
+            self._source: _Indexed | Salvage = _Indexed([self.path] if whole else self._files)
         except Exception as error:  # what a damaged file makes the parsers raise is open-ended
-            raise BagError(f"{self.path}: cannot be read: {_line(error)}") from error
-        self._reader = reader
+            self._damage = _line(error)
+            self._source = Salvage(self._files)
+            if not self._source.streams:
+                self.close()
+                raise BagError(f"{self.path}: cannot be read: {self._damage}") from error
         try:
-            self._images = self._choose(topic)
+            if need_images:
+                images = self._choose(topic)
+                self.topic, self.message_type, self.count = images.topic, images.msgtype, images.count
+                self._info_topic = self._camera_info_topic()
         except BagError:
             self.close()
             raise
-        self.topic = self._images[0].topic
-        self.message_type = self._images[0].msgtype
-        self.count = sum(connection.msgcount for connection in self._images)
-        self._infos = self._camera_info_connections()
 
     def __enter__(self) -> Bag:
         return self
@@ -106,10 +143,7 @@ class Bag:
 
     def close(self) -> None:
         """Close the files; harmless when closed already."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            with contextlib.suppress(Exception):
-                reader.close()
+        self._source.close()
 
     @property
     def compressed(self) -> bool:
@@ -119,15 +153,20 @@ class Bag:
     @property
     def interval(self) -> int:
         """Mean time between frames in ns; 0 with fewer than two."""
-        return self._reader.duration // (self.count - 1) if self.count > 1 else 0
+        return self._source.duration // (self.count - 1) if self.count > 1 else 0
 
-    def _choose(self, topic: str | None) -> list[Connection]:
-        everything = self._reader.connections
-        images = [c for c in everything if c.msgtype in (IMAGE, COMPRESSED_IMAGE) and c.msgcount]
-        names = sorted({c.topic for c in images})
+    def has(self, topic: str, msgtype: str) -> bool:
+        """Whether there are messages of this type on a topic."""
+        return any((s.topic, s.msgtype) == (topic, msgtype) and s.count for s in self._source.streams)
+
+    def _choose(self, topic: str | None) -> Stream:
+        everything = self._source.streams
+        images = {s.topic: s for s in everything if s.msgtype in (IMAGE, COMPRESSED_IMAGE) and s.count}
+        names = sorted(images)
         if not names:
-            have = ", ".join(sorted({f"{c.topic} ({c.msgtype})" for c in everything})) or "nothing"
-            raise BagError(f"{self.path}: has no images; its topics are: {have}")
+            have = ", ".join(sorted({f"{s.topic} ({s.msgtype})" for s in everything})) or "nothing"
+            damage = f" ({self._damage})" if self._damage else ""
+            raise BagError(f"{self.path}: has no images; its topics are: {have}{damage}")
         if topic is None:
             # X and X/compressed are the same camera; the raw one needs no decoding.
             cameras = [
@@ -140,51 +179,142 @@ class Bag:
             topic = cameras[0]
         elif topic not in names:
             raise BagError(f"{self.path}: has no images on {topic}; image topics are: {', '.join(names)}")
-        return [c for c in images if c.topic == topic]
+        return images[topic]
 
-    def _camera_info_connections(self) -> list[Connection]:
+    def _camera_info_topic(self) -> str | None:
         """The CameraInfo beside the image topic, as image_transport names it; else the only one there is."""
-        base = (
-            self.topic[: -len("/compressed")]
-            if self.compressed and self.topic.endswith("/compressed")
-            else self.topic
-        )
-        infos = [c for c in self._reader.connections if c.msgtype == CAMERA_INFO]
-        beside = [c for c in infos if c.topic == base.rsplit("/", 1)[0] + "/camera_info"]
-        return beside or (infos if len({c.topic for c in infos}) == 1 else [])
+        base = self.topic.removesuffix("/compressed") if self.compressed else self.topic
+        infos = {s.topic for s in self._source.streams if s.msgtype == CAMERA_INFO}
+        beside = base.rsplit("/", 1)[0] + "/camera_info"
+        return beside if beside in infos else infos.pop() if len(infos) == 1 else None
 
     def frames(self) -> Iterator[Frame]:
         """Yield the frames in the order of recording, with strictly increasing stamps.
 
         Raises:
-            BagError: the bag turns out to be damaged part way; what was yielded before is good.
+            BagError: the bag is damaged; what was yielded before is good, and all that could be read.
         """
         info: bytes | None = None
         last = -1
         done = 0
-        wanted = {c.id for c in self._images}
-        messages = self._reader.messages([*self._images, *self._infos])
-        while True:
+        recovering = False  # reading again from the front: what was yielded already comes once more
+        topics = {self.topic} | ({self._info_topic} if self._info_topic else set())
+        for again, msgtype, recorded, raw in self._robust(topics):
+            recovering = recovering or again
             try:
-                connection, recorded, raw = next(messages)
-                if connection.msgtype == CAMERA_INFO:
-                    info = raw
-                    continue
-                message = self._reader.deserialize(raw, connection.msgtype)
-            except StopIteration:
-                return
+                message = self._source.deserialize(raw, msgtype)
+                if self._source.ros1:
+                    message = _as_ros2(message)
+                    raw = bytes(typestore().serialize_cdr(message, msgtype))
             except Exception as error:
-                raise BagError(f"{self.path}: damaged after {done} frames: {_line(error)}") from error
-            assert connection.id in wanted
+                self._damage = self._damage or f"a message cannot be understood: {_line(error)}"
+                continue
+            if msgtype == CAMERA_INFO:
+                info = bytes(raw)
+                continue
             stamp = stamp_ns(message)
             if stamp == 0:
                 stamp, raw = recorded, restamp(raw, recorded)
             if stamp <= last:
-                self.skipped += 1
+                self.skipped += not recovering
                 continue
             last = stamp
             done += 1
             yield Frame(stamp, bytes(raw), message, info)
+        if self._damage:
+            raise BagError(self._lost(done))
+
+    def messages(self, topics: Mapping[str, str]) -> Iterator[object]:
+        """Yield the deserialized messages of some topics, {topic: type}, in the order of recording."""
+        for _, msgtype, _, raw in self._robust(set(topics)):
+            with contextlib.suppress(Exception):  # one that cannot be understood is left out
+                message = self._source.deserialize(raw, msgtype)
+                yield _as_ros2(message) if self._source.ros1 else message
+
+    def _robust(self, topics: set[str]) -> Iterator[tuple[bool, str, int, bytes]]:
+        """Messages as (whether this is the second reading, type, time of recording in ns, content).
+
+        Where reading by the index fails, everything is read again without it.
+        """
+        messages = self._source.messages(topics)
+        again = False
+        while True:
+            try:
+                _, msgtype, recorded, raw = next(messages)
+            except StopIteration:
+                return
+            except Exception as error:
+                if isinstance(self._source, Salvage):
+                    raise BagError(f"{self.path}: cannot be read: {_line(error)}") from error
+                self._damage, again = _line(error), True
+                self._source.close()
+                self._source = Salvage(self._files)
+                messages = self._source.messages(topics)
+                continue
+            yield again, msgtype, recorded, raw
+
+    def _lost(self, done: int) -> str:
+        losses = list(dict.fromkeys(getattr(self._source, "losses", [])))
+        shown = "; ".join(losses[:3]) or self._damage
+        more = f"; and {len(losses) - 3} more places" if len(losses) > 3 else ""
+        count = max(self.count, _recorded(self.path).get(self.topic, 0))
+        of = f" of {count}" if count > done else ""
+        return f"{self.path}: damaged: {done}{of} frames could be read; {shown}{more}"
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files of a recording, in order.
+
+    Raises:
+        BagError: there is none.
+    """
+    if not path.exists():
+        raise BagError(f"{path}: no such bag")
+    if path.is_file():
+        if path.suffix not in DATA_SUFFIXES:
+            raise BagError(f"{path}: not a bag: give its directory, or a {', '.join(DATA_SUFFIXES)} file")
+        return [path]
+    files = [p for p in path.iterdir() if _is_data(p) and p.suffix != ".bag"]
+    if not files:
+        missing = "data files" if (path / "metadata.yaml").is_file() else "metadata.yaml and no data files"
+        raise BagError(f"{path}: not a bag, the directory has no {missing}")
+    return sorted(files, key=_in_order)
+
+
+def _recorded(path: Path) -> dict[str, int]:
+    """How many messages metadata.yaml counts by topic; empty where there is none that can be read."""
+    from ruamel.yaml import YAML  # rosbags needs it too
+
+    try:
+        content = YAML(typ="safe").load(path / "metadata.yaml")["rosbag2_bagfile_information"]
+        topics = content["topics_with_message_count"]
+        return {t["topic_metadata"]["name"]: int(t["message_count"]) for t in topics}
+    except Exception:  # whatever a damaged file makes of it: it only serves to say how much is missing
+        return {}
+
+
+def _is_data(path: Path) -> bool:
+    name = Path(path.stem) if path.suffix in ZSTD_SUFFIXES else path
+    return path.is_file() and name.suffix in DATA_SUFFIXES
+
+
+def _in_order(path: Path) -> tuple:
+    """Split bags end in _0, _1, …, _10."""
+    name = path.name.split(".")[0]
+    number = name.rsplit("_", 1)[-1]
+    return (0, int(number), name) if number.isdigit() else (0, 0, name)
+
+
+def _as_ros2(message: object) -> object:
+    """A ROS 1 message as its ROS 2 counterpart; what has none (Header.seq) is left out."""
+    cls = typestore().types[message.__msgtype__]
+    values = []
+    for field in dataclasses.fields(cls):
+        # CameraInfo's D, K, R and P are small letters in ROS 2.
+        value = getattr(message, field.name, None)
+        value = getattr(message, field.name.upper()) if value is None else value
+        values.append(_as_ros2(value) if hasattr(value, "__msgtype__") else value)
+    return cls(*values)
 
 
 def _line(error: Exception) -> str:

@@ -1,27 +1,42 @@
-"""`qpwc replay`: evaluate on a recorded bag."""
+"""`qpwc replay`: evaluate on recorded bags."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qpwc_core.cli.common import positive_int
+from qpwc_core.cli.common import positive_float, positive_int, print_table
 from qpwc_core.errors import QpwcError, UsageError
 from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISIONS
 
-help = "run a rosbag2 recording through the estimator and report on it"
-example = "qpwc replay test/data/city --live --report out/city"
+if TYPE_CHECKING:
+    from qpwc_ros.replay.single import Options, Outcome
 
-# Frames further apart than this many mean intervals are not paired: the recording has a gap there.
-GAP = 10
-LEAST_GAP_NS = 2 * 10**9
+help = "run recordings through the estimator and report on it"
+example = "qpwc replay test/data/city --compare dis,farneback --report out/city"
+
+_OPTIONAL = {
+    "rosbags": "replay",
+    "jinja2": "replay",
+    "matplotlib": "replay",
+    "distributed": "cluster",
+    "dask": "cluster",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bag", type=Path, help="bag directory, or a .mcap or .db3 file")
+    parser.add_argument(
+        "bags",
+        metavar="BAG",
+        nargs="+",
+        help="bag directory, or a .mcap, .db3 or (ROS 1) .bag file; several of them, a directory of bags, or "
+        "a quoted pattern such as 'bags/*' make one aggregate report",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--offline",
@@ -40,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="hold no frame back: more pairs, but nothing to compare in-between frames with",
     )
+    parser.add_argument(
+        "--truth",
+        metavar="TOPIC|DIR",
+        help="ground truth: a 32FC2 topic of the bag, or a directory of .flo, .npy or KITTI .png files named "
+        "by stamp; implies --all-frames",
+    )
     estimator = parser.add_argument_group("estimator")
     estimator.add_argument(
         "--estimator", default="tflite", help="tflite, dis, or one of a plugin (default: tflite)"
@@ -54,8 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a bundled model (default: %(default)s)",
     )
     estimator.add_argument("--threads", type=positive_int, metavar="N", help="threads of the estimator")
+    estimator.add_argument(
+        "--compare",
+        metavar="A,B,…",
+        help="offline: run these on the same pairs too: dis, farneback, a .tflite file, a bundled model as "
+        "NAME or NAME:PRECISION",
+    )
     live = parser.add_argument_group("live")
-    live.add_argument("--rate", type=_positive, default=1.0, help="speed of playing (default: 1)")
+    live.add_argument("--rate", type=positive_float, default=1.0, help="speed of playing (default: 1)")
     live.add_argument(
         "--node",
         metavar="NAME",
@@ -66,21 +93,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOPIC",
         help="with --node: where it takes images from (default: image beside it)",
     )
+    live.add_argument(
+        "--confidence",
+        action="store_true",
+        help="record the node's confidence too, for the figure 'forward–backward agree'; it takes the node "
+        "a fifth more processor time",
+    )
+    many = parser.add_argument_group("many bags")
+    many.add_argument(
+        "--jobs", type=positive_int, default=1, metavar="N", help="bags at a time, each in a process"
+    )
+    many.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run on the Dask cluster of this scheduler, such as tcp://host:8786; its workers must see the "
+        "same paths",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay and report.
 
     Returns:
-        0 when the whole bag was seen, 1 when it ended early, 130 on Ctrl-C; there is a report in each case.
+        0 when all was seen, 1 when something ended early, 130 on Ctrl-C; there is a report in each case.
     """
-    if not args.live and (args.rate != 1.0 or args.node or args.image_topic):
-        raise UsageError("--rate, --node and --image-topic need --live")
+    if not args.live and (args.rate != 1.0 or args.node or args.image_topic or args.confidence):
+        raise UsageError("--rate, --node, --image-topic and --confidence need --live")
+    if args.live and args.compare:
+        raise UsageError("--compare is for --offline: the node runs one estimator")
+    if args.live and (args.jobs > 1 or args.scheduler):
+        raise UsageError("--jobs and --scheduler are for --offline: nodes side by side would slow each other")
     try:
         return _replay(args)
     except ImportError as error:
-        if error.name in ("rosbags", "jinja2", "matplotlib"):
-            raise QpwcError(f"replay needs {error.name}: pip install 'qpwc_ros[replay]'") from error
+        extra = _OPTIONAL.get(error.name or "")
+        if extra:
+            raise QpwcError(f"replay needs {error.name}: pip install 'qpwc_ros[{extra}]'") from error
         raise
     except OSError as error:
         if error.filename is None:  # as of a full disk: say what could not be written
@@ -99,105 +147,67 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
+    from qpwc_ros.replay import many
+    from qpwc_ros.replay.methods import parse_comparison
+    from qpwc_ros.replay.single import replay_bag
 
-    from qpwc_ros.replay import evaluate, pictures, report
-    from qpwc_ros.replay.bag import Bag
-    from qpwc_ros.replay.output import METRICS, replaced_directory
-    from qpwc_ros.replay.results import ResultsWriter
-
+    options = _options(args)
+    if options.compare:
+        parse_comparison(options.compare, 0)  # a name mistyped shows before anything is read
+    bags = many.find_bags(args.bags)
     target = _target(args)
-    with Bag(args.bag, args.topic) as bag, replaced_directory(target) as directory:
-        subject = report.Subject(
-            bag=str(args.bag),
-            topic=bag.topic,
-            message_type=bag.message_type,
-            frames=bag.count,
-            command=shlex.join(["qpwc", *_given_arguments()]),
-        )
-        results = directory / "results"
-        with tqdm(total=bag.count, unit="frame", desc="replay", leave=False) as bar:
-            # The writer is closed last, so that the bag has its index also after Ctrl-C.
-            with ResultsWriter(results) as writer:
-                done = (_live if args.live else _offline)(args, bag, writer, directory, bar.update)
-        done.facts = {"estimator": args.estimator, **done.facts}
-        if bag.skipped:
-            done.facts["frames left out, their stamps did not increase"] = str(bag.skipped)
-        with tqdm(total=2 * done.pairs, unit="pair", desc="report", leave=False) as bar:
-            figures = evaluate.measure(results, done, bar.update)
-            summary = evaluate.summarize(done, figures)
-            chosen = pictures.draw(
-                results, done.max_interval, figures, directory / "side_by_side.mp4", bar.update
-            )
-        for number, pair in enumerate(chosen, 1):
-            pictures.save(pair, directory, number)
-        pictures.save_overview(chosen, directory / "overview.jpg")
-        report.write_json(directory / METRICS, subject, done, summary, figures)
-        report.write_html(directory / "report.html", subject, done, summary, figures, chosen)
-    _print(report.table(done, summary), target)
-    if done.stopped and not done.interrupted:
-        print(f"qpwc: error: {done.stopped}; the report is about what came before", file=sys.stderr)
-    return 130 if done.interrupted else 1 if done.stopped else 0
+    if len(bags) > 1 or args.scheduler or many.is_collection(args.bags):
+        return many.replay_bags(bags, target, options, jobs=args.jobs, scheduler=args.scheduler)
+    outcome = replay_bag(bags[0], target, options, _bar)
+    print_outcome(outcome, target)
+    return exit_code(outcome)
 
 
-def _target(args: argparse.Namespace) -> Path:
-    return args.report or Path(f"{args.bag.resolve().stem}-replay")
+def _options(args: argparse.Namespace) -> Options:
+    from qpwc_ros.replay.single import Options
 
-
-def _max_interval(bag, hold_back: bool) -> int:
-    """The longest time between frames given, in ns, that still makes them a pair."""
-    return max(LEAST_GAP_NS, GAP * bag.interval * (2 if hold_back else 1))
-
-
-def _offline(args: argparse.Namespace, bag, writer, directory: Path, progress):
-    from qpwc_ros.plugins import registry
-    from qpwc_ros.plugins.base import Estimator
-    from qpwc_ros.plugins.builtin import ESTIMATORS
-    from qpwc_ros.replay.offline import run_offline
-
-    try:
-        kind = registry.load(ESTIMATORS, args.estimator, Estimator)
-    except registry.PluginError as error:
-        raise QpwcError(str(error)) from error
-    options = {"model": args.model or "", "precision": args.precision, "threads": args.threads or 0}
-    estimator = kind({**options, **{spec.name: spec.default for spec in kind.parameters}})
-    estimator.warm_up()
-    hold_back = not args.all_frames
-    done = run_offline(
-        bag,
-        estimator,
-        writer,
-        hold_back=hold_back,
-        max_interval=_max_interval(bag, hold_back),
-        progress=progress,
-    )
-    done.facts.update(estimator.describe())
-    return done
-
-
-def _live(args: argparse.Namespace, bag, writer, directory: Path, progress):
-    from qpwc_ros.replay.live import NodeOptions, run_live
-
-    hold_back = not args.all_frames
-    return run_live(
-        bag,
-        writer,
-        log=directory / "node.log",
-        options=NodeOptions(args.estimator, args.model, args.precision, args.threads),
-        running_node=args.node,
-        image_topic=args.image_topic,
-        hold_back=hold_back,
-        max_interval=_max_interval(bag, hold_back),
+    return Options(
+        live=args.live,
+        topic=args.topic,
+        all_frames=args.all_frames,
+        estimator=args.estimator,
+        model=args.model,
+        precision=args.precision,
+        threads=args.threads,
+        compare=args.compare,
+        truth=args.truth,
         rate=args.rate,
-        progress=progress,
+        node=args.node,
+        image_topic=args.image_topic,
+        confidence=args.confidence,
+        command=shlex.join(["qpwc", *_given_arguments()]),
     )
 
 
-def _print(table: list[tuple[str, str]], target: Path) -> None:
-    width = max(len(name) for name, _ in table)
-    for name, value in table:
+def exit_code(outcome: Outcome) -> int:
+    """The program's exit code for a bag."""
+    return 130 if outcome.interrupted else 1 if outcome.stopped else 0
+
+
+def print_outcome(outcome: Outcome, target: Path) -> None:
+    """What the terminal shows at the end."""
+    width = max(len(name) for name, _ in outcome.table)
+    for name, value in outcome.table:
         print(f"{name:<{width}}  {value:>12}")
+    for rows in (outcome.means if len(outcome.summaries) > 1 else [], outcome.bands):
+        if rows:
+            print()
+            print_table(rows[1:], rows[0])
     print()
+    print_files(target)
+    for note in outcome.notes:
+        print(f"qpwc: note: {note}", file=sys.stderr)
+    if outcome.stopped and not outcome.interrupted:
+        print(f"qpwc: error: {outcome.stopped}; the report is about what came before", file=sys.stderr)
+
+
+def print_files(target: Path) -> None:
+    """What is in the report's directory, with sizes."""
     for path in sorted(target.iterdir()):
         size = (
             sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
@@ -207,18 +217,20 @@ def _print(table: list[tuple[str, str]], target: Path) -> None:
         print(f"{size / 1e6:8.1f} MB  {path}")
 
 
+@contextlib.contextmanager
+def _bar(total: int, unit: str, description: str):
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, desc=description, leave=False) as bar:
+        yield bar.update
+
+
+def _target(args: argparse.Namespace) -> Path:
+    name = Path(args.bags[0]).resolve().stem if len(args.bags) == 1 else "bags"
+    return args.report or Path(f"{name.replace('*', '').strip('_-') or 'bags'}-replay")
+
+
 def _given_arguments() -> list[str]:
     """The command line as given, for the report; the same for `qpwc replay` and the executable `replay`."""
     arguments = sys.argv[1:]
     return arguments if arguments[:1] == ["replay"] else ["replay", *arguments]
-
-
-def _positive(text: str) -> float:
-    """Argument type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from qpwc_core.errors import QpwcError
 from qpwc_ros.replay.bag import IMAGE, Bag, BagError, Frame, raw_stamp_ns, restamp, typestore
-from qpwc_ros.replay.results import FLOW, OUTPUT_TYPES, TIME_REFERENCE, ResultsWriter
+from qpwc_ros.replay.resources import Energy, cpu_seconds, peak_rss_mb
+from qpwc_ros.replay.results import CONFIDENCE, FLOW, OUTPUT_TYPES, TIME_REFERENCE, ResultsWriter
 from qpwc_ros.replay.run import Progress, Run, is_held_back
 from qpwc_ros.share import use_large_shared_memory
 
@@ -99,17 +100,10 @@ class NodeProcess:
         telling = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
         return (telling or lines or ["it printed nothing"])[-1]
 
-    def usage(self) -> dict[str, str]:
-        """Peak memory and processor time so far, where the system tells."""
-        facts = {}
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            status = Path(f"/proc/{self._process.pid}/status").read_text()
-            peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-            facts["node peak memory"] = f"{int(peak) / 1024:.0f} MB"
-            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-            ticks = int(fields[11]) + int(fields[12])
-            facts["node processor time"] = f"{ticks / os.sysconf('SC_CLK_TCK'):.1f} s"
-        return facts
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
 
     def stop(self) -> None:
         """End the process: politely, then not."""
@@ -156,11 +150,17 @@ class _Link:
     """Our end of the DDS connection: publishes serialized frames, hands on what the node answers."""
 
     def __init__(
-        self, node: str, image_topic: str, bag: Bag, receive: Callable[[str, float, bytes], None]
+        self,
+        node: str,
+        image_topic: str,
+        bag: Bag,
+        receive: Callable[[str, float, bytes], None],
+        confidence: bool,
     ) -> None:
         """Connect.
 
         Args:
+            confidence: whether to listen to this topic too.
             receive: called in our thread with (topic of the results bag, monotonic seconds, raw message).
         """
         use_large_shared_memory()
@@ -185,8 +185,12 @@ class _Link:
         classes = {IMAGE: Image, TIME_REFERENCE: TimeReference}
         self._wanted = []
         for topic, message_type in OUTPUT_TYPES.items():
-            self._wanted.append(node + topic.removeprefix("/flow"))
-            self._subscribe(classes[message_type], self._wanted[-1], topic, qos, receive)
+            if topic == CONFIDENCE and not confidence:
+                continue
+            name = node + topic.removeprefix("/flow")
+            if topic != CONFIDENCE:  # a node may have been told to do without
+                self._wanted.append(name)
+            self._subscribe(classes[message_type], name, topic, qos, receive)
         self._subscribe(DiagnosticArray, "/diagnostics", DIAGNOSTICS, qos, receive)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
@@ -271,6 +275,7 @@ def run_live(
     hold_back: bool,
     max_interval: int,
     rate: float = 1.0,
+    confidence: bool = False,
     progress: Progress = lambda: None,
 ) -> Run:
     """Play the bag to a node and write what it answers.
@@ -282,6 +287,7 @@ def run_live(
             node's namespace.
         max_interval: ns; two frames further apart make no pair (a running node goes by its own parameter).
         rate: 2.0 plays twice as fast as recorded.
+        confidence: whether to have the node publish its confidence, which takes a fifth more processor time.
 
     Returns:
         The run; Ctrl-C, a damaged bag and a node that dies part way end it early, with what was seen.
@@ -302,14 +308,18 @@ def run_live(
     answers = _Answers(node_name, run, recorder, writer)
     with contextlib.ExitStack() as stack:
         stack.callback(recorder.finish)
-        link = _Link(node_name, image_topic, bag, answers.receive)
+        link = _Link(node_name, image_topic, bag, answers.receive, confidence)
         stack.callback(link.close)
         process = None
         if running_node is None:
             process = NodeProcess(namespace, options.arguments(max_interval), log)
             stack.callback(process.stop)
+        energy = Energy()
+        cpu_before = None
         try:
             _await_node(link, process, answers, node_name, image_topic)
+            energy.since_last()
+            cpu_before = cpu_seconds(process.pid) if process is not None else None
             _play(bag, link, process, run, answers, recorder, writer, hold_back, rate, progress)
         except KeyboardInterrupt:
             run.stopped, run.interrupted = "interrupted", True
@@ -322,7 +332,10 @@ def run_live(
         with contextlib.suppress(KeyboardInterrupt, NodeDied):
             _await_answers(run, answers, process, recorder)
         if process is not None:
-            run.facts.update(process.usage())
+            cpu_after = cpu_seconds(process.pid)
+            if None not in (cpu_before, cpu_after):
+                run.subject.spend(cpu_after - cpu_before, energy.since_last())
+            run.peak_rss_mb = peak_rss_mb(process.pid)
     run.facts.update({name: run.diagnostics[name] for name in MODEL_FACTS if run.diagnostics.get(name)})
     return run
 

@@ -1,29 +1,34 @@
-"""The offline run: frames of a bag through an estimator in this process, as fast as it goes."""
+"""The offline run: frames of a bag through estimators in this process, as fast as it goes."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import cv2
 import numpy as np
 
 from qpwc_core.flow_color import flow_to_color
+from qpwc_core.metrics import forward_backward_confidence
 from qpwc_core.runtime.synthesis import synthesize
 from qpwc_ros.codec import ImageError
-from qpwc_ros.replay.bag import Bag, BagError
-from qpwc_ros.replay.evaluate import pixels
-from qpwc_ros.replay.results import BETWEEN, COLOR, FLOW, ResultsWriter
-from qpwc_ros.replay.run import Progress, Run, is_held_back
+from qpwc_ros.replay.bag import Bag, BagError, Frame
+from qpwc_ros.replay.decode import pixels
+from qpwc_ros.replay.methods import Estimator
+from qpwc_ros.replay.resources import Meter, peak_rss_mb
+from qpwc_ros.replay.results import ResultsWriter, Topics
+from qpwc_ros.replay.run import SUBJECT, MethodRun, Progress, Run, is_held_back
 
 
-class Estimator(Protocol):
-    """What is needed of an estimator: FlowEstimator and the node's plugins have it."""
+@dataclass(frozen=True)
+class _Given:
+    """A frame that went to the estimators, and each one's features of it."""
 
-    def encode(self, image: np.ndarray) -> Any:
-        """Features of an RGB image, uint8 (H,W,3)."""
-
-    def match(self, prev: Any, next: Any) -> np.ndarray:
-        """Flow between two images' features, float32 (H,W,2)."""
+    stamp: int
+    image: np.ndarray
+    features: dict[str, Any]
 
 
 def run_offline(
@@ -33,23 +38,27 @@ def run_offline(
     *,
     hold_back: bool,
     max_interval: int,
+    others: Mapping[str, Estimator] | None = None,
     progress: Progress = lambda: None,
 ) -> Run:
     """Run every pair of the bag and write what comes out; Ctrl-C and a damaged bag end it early.
 
     Two frames more than `max_interval` ns apart make no pair. An in-between frame is made at the time of each
-    held-back frame, or in the middle if none is held back.
+    held-back frame, or in the middle if none is held back. The estimators `others`, by name, are run on the
+    same pairs, one after the other.
     """
-    run = Run("offline", max_interval)
-    previous: tuple[int, np.ndarray, Any] | None = None
-    waiting: list[int] = []  # stamps of the frames held back since the previous one given
+    estimators = {SUBJECT: estimator, **(others or {})}
+    run = Run("offline", max_interval, {name: MethodRun(name) for name in estimators})
+    meter = Meter()
+    previous: _Given | None = None
+    waiting: list[Frame] = []  # the frames held back since the previous one given
     try:
         for index, frame in enumerate(bag.frames()):
             held_back = is_held_back(index, hold_back)
             writer.write_frame(frame, held_back=held_back)
             if held_back:
                 run.held_back += 1
-                waiting.append(frame.stamp)
+                waiting.append(frame)
                 progress()
                 continue
             run.give(frame.stamp, time.monotonic())
@@ -59,39 +68,70 @@ def run_offline(
                 previous, waiting = None, []
                 progress()
                 continue
-            start = time.monotonic()
-            features = estimator.encode(image)
-            near = previous is not None and frame.stamp - previous[0] <= max_interval
-            if near and previous[1].shape == image.shape:
-                _pair(estimator, writer, run, previous, (frame.stamp, image, features), waiting, start)
-            previous, waiting = (frame.stamp, image, features), []
+            near = previous is not None and frame.stamp - previous.stamp <= max_interval
+            if not near or previous.image.shape != image.shape:
+                previous = None
+            features = {}
+            for name, method in estimators.items():
+                features[name] = _one(name, method, meter, run, writer, previous, frame.stamp, image, waiting)
+            previous, waiting = _Given(frame.stamp, image, features), []
             progress()
     except KeyboardInterrupt:
         run.stopped, run.interrupted = "interrupted", True
     except BagError as error:
         run.stopped = str(error)
+    run.peak_rss_mb = peak_rss_mb()
     return run
 
 
-def _pair(
+def _one(
+    name: str,
     estimator: Estimator,
-    writer: ResultsWriter,
+    meter: Meter,
     run: Run,
-    previous: tuple[int, np.ndarray, Any],
-    current: tuple[int, np.ndarray, Any],
-    waiting: list[int],
-    start: float,
+    writer: ResultsWriter,
+    previous: _Given | None,
+    stamp: int,
+    image: np.ndarray,
+    waiting: list[Frame],
+) -> Any:
+    """One method on one frame: its features, and with a previous frame all that it has to say of the pair."""
+    meter.start()
+    start = time.monotonic()
+    features = estimator.encode(image)
+    if previous is None:
+        return features
+    forward = estimator.match(previous.features[name], features)
+    end = time.monotonic()
+    record = run.methods[name]
+    record.spend(*meter.stop())
+    record.latency[stamp] = end - start
+    if name == SUBJECT:
+        run.last = end
+    backward = estimator.match(features, previous.features[name])
+    topics = Topics.of(name)
+    writer.write_image(topics.flow, stamp, forward, "32FC2")
+    writer.write_interval(previous.stamp, stamp, topic=topics.interval)
+    writer.write_image(topics.color, stamp, flow_to_color(forward)[..., ::-1], "bgr8")
+    # Of the first frame, as the flow is; the node's topic of this name has it the same way.
+    writer.write_image(topics.confidence, stamp, forward_backward_confidence(forward, backward), "32FC1")
+    interval = stamp - previous.stamp
+    for at in [frame.stamp for frame in waiting] or [previous.stamp + interval // 2]:
+        between = synthesize(previous.image, image, forward, backward, (at - previous.stamp) / interval)
+        writer.write_image(topics.between, at, between[..., ::-1], "bgr8")
+        _write_error(writer, topics.error, at, between, waiting)
+    return features
+
+
+def _write_error(
+    writer: ResultsWriter, topic: str, at: int, between: np.ndarray, waiting: list[Frame]
 ) -> None:
-    """Estimate one pair, time it, and write flow, colours and in-between frames."""
-    stamp, image, features = current
-    forward = estimator.match(previous[2], features)
-    run.last = time.monotonic()
-    run.latency[stamp] = run.last - start
-    backward = estimator.match(features, previous[2])
-    writer.write_image(FLOW, stamp, forward, "32FC2")
-    writer.write_interval(previous[0], stamp)
-    writer.write_image(COLOR, stamp, flow_to_color(forward)[..., ::-1], "bgr8")
-    interval = stamp - previous[0]
-    for at in waiting or [previous[0] + interval // 2]:
-        between = synthesize(previous[1], image, forward, backward, (at - previous[0]) / interval)
-        writer.write_image(BETWEEN, at, between[..., ::-1], "bgr8")
+    """The difference of an in-between frame and the held-back one of its time, if there is one."""
+    for frame in waiting:
+        if frame.stamp == at:
+            try:
+                truth = pixels(frame.message)
+            except ImageError:
+                return
+            if truth.shape == between.shape:
+                writer.write_image(topic, at, cv2.absdiff(between, truth)[..., ::-1], "bgr8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -50,6 +51,12 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_partial(target: Path) -> None:
+    """Remove what a process left that died while it made the directory `target`."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _replaceable(target: Path) -> bool:

@@ -12,7 +12,16 @@ import numpy as np
 
 from qpwc_core.flow_color import flow_to_color
 from qpwc_core.video import VideoWriter
-from qpwc_ros.replay.evaluate import PairFigures, PairImages, decoded_pairs
+from qpwc_ros.replay.evaluate import (
+    AnswerImages,
+    Figures,
+    PairFigures,
+    PairImages,
+    decoded_pairs,
+    ranking,
+)
+from qpwc_ros.replay.run import SUBJECT
+from qpwc_ros.replay.truth import NO_TRUTH, FlowAndValid, Truth
 
 # Panels of sheets and of the video are scaled down to these widths in pixels where the camera's images are
 # wider. Encoding is slow where only VP9 is at hand (the usual build), and its time goes with the number of
@@ -23,6 +32,8 @@ LABEL_HEIGHT = 28
 WORST, TYPICAL = 3, 3
 # Differences are shown this many times as strong.
 ERROR_GAIN = 4
+# End-point errors from this on are white.
+ERROR_WHITE_PX = 5.0
 GREY = 48
 
 
@@ -30,20 +41,23 @@ GREY = 48
 class ChosenPair:
     """A pair that is shown in the report: why, its figures, and its pictures as (label, RGB uint8)."""
 
-    kind: str  # "worst" or "typical"
+    kind: str  # "worst", "typical", or "large motion"
+    method: str
     figures: PairFigures
     images: list[tuple[str, np.ndarray]]
 
 
-def choose(figures: list[PairFigures]) -> dict[int, str]:
-    """The pairs to show, as {index: kind}: the worst in-between frames, and those nearest to the median.
+def choose(figures: list[PairFigures], typical: int = TYPICAL) -> dict[int, str]:
+    """The pairs to show, as {index: kind}: the worst by what was measured, and those nearest to the median.
 
-    Without held-back frames there is no error to go by: then the pairs of largest motion are called "large
-    motion".
+    Where nothing was measured, the pairs of largest motion are called "large motion".
     """
-    scored = [f for f in figures if f.psnr_db is not None]
-    key, extreme = (lambda f: f.psnr_db), "worst"
-    if not scored:
+    measure, extreme = ranking(figures), "worst"
+    if measure is not None:
+        sign = 1 if measure.higher_is_better else -1
+        scored = [f for f in figures if getattr(f, measure.field) is not None]
+        key = lambda f: sign * getattr(f, measure.field)  # noqa: E731
+    else:
         scored = [f for f in figures if f.motion_p95_px is not None]
         key, extreme = (lambda f: -f.motion_p95_px), "large motion"
     if not scored:
@@ -52,11 +66,11 @@ def choose(figures: list[PairFigures]) -> dict[int, str]:
     middle = key(order[len(order) // 2])
     chosen = {f.index: extreme for f in order[:WORST]}
     others = [f for f in order if f.index not in chosen]
-    # Spread over the run: the nearest to the median in each third of it.
-    for part in range(TYPICAL):
-        third = [f for f in others if f.index * TYPICAL // len(figures) == part]
-        if third:
-            chosen[min(third, key=lambda f: abs(key(f) - middle)).index] = "typical"
+    # Spread over the run: the nearest to the median in each part of it.
+    for part in range(typical):
+        share = [f for f in others if f.index * typical // len(figures) == part]
+        if share:
+            chosen[min(share, key=lambda f: abs(key(f) - middle)).index] = "typical"
     return chosen
 
 
@@ -73,26 +87,29 @@ def motion_scale(figures: list[PairFigures]) -> float:
 def draw(
     results: Path,
     max_interval: int,
-    figures: list[PairFigures],
+    figures: Figures,
     video: Path,
+    truth: Truth = NO_TRUTH,
     progress: Callable[[], None] = lambda: None,
 ) -> list[ChosenPair]:
-    """Write the side-by-side video and return the chosen pairs, worst first.
+    """Write the side-by-side video and return the chosen pairs: method by method, the worst first.
 
     The video has the frames the estimator was given, the flow in colours and, on the right, these frames with
     the in-between ones among them: left and middle at the rate given, right at twice that. It ends after
-    VIDEO_PAIRS pairs.
+    VIDEO_PAIRS pairs. It shows the method under test; of the others the worst pairs are chosen alone.
     """
-    if not figures:
+    subject = figures[SUBJECT]
+    if not subject:
         return []
-    scale = motion_scale(figures)
-    chosen = choose(figures)
-    seconds = (figures[-1].stamp - figures[0].previous_stamp) / 1e9
-    rate = len(figures) / seconds
+    scale = motion_scale(subject)
+    chosen = {name: choose(rows, TYPICAL if name == SUBJECT else 0) for name, rows in figures.items()}
+    seconds = (subject[-1].stamp - subject[0].previous_stamp) / 1e9
+    rate = len(subject) / seconds
     pairs: list[ChosenPair] = []
     writer = None
     try:
-        for figure, (_, images) in zip(figures, decoded_pairs(results, max_interval)):
+        for figure, (pair, images) in zip(subject, decoded_pairs(results, max_interval, list(figures))):
+            true_flow = truth.lookup(pair.previous_stamp, pair.stamp)
             if images is None:
                 progress()
                 continue
@@ -102,8 +119,10 @@ def draw(
             if figure.index < VIDEO_PAIRS:
                 for frame in _video_frames(images, size, scale, rate):
                     writer.write(frame)
-            if figure.index in chosen:
-                pairs.append(ChosenPair(chosen[figure.index], figure, _pair_pictures(images, scale)))
+            for name, kinds in chosen.items():
+                if figure.index in kinds:
+                    shown = _pair_pictures(images, images.answers[name], scale, true_flow)
+                    pairs.append(ChosenPair(kinds[figure.index], name, figures[name][figure.index], shown))
             progress()
     except BaseException:
         if writer is not None:
@@ -111,8 +130,10 @@ def draw(
         raise
     if writer is not None:
         writer.close()
+    place = {(name, index): n for name, kinds in chosen.items() for n, index in enumerate(kinds)}
+    methods = list(figures)
     return sorted(
-        pairs, key=lambda pair: (pair.kind == "typical", pair.figures.psnr_db or 0, pair.figures.index)
+        pairs, key=lambda pair: (methods.index(pair.method), place[pair.method, pair.figures.index])
     )
 
 
@@ -126,8 +147,9 @@ def _panel_size(image: np.ndarray, widest: int) -> tuple[int, int]:
 def _video_frames(images: PairImages, size: tuple[int, int], scale: float, rate: float) -> list[np.ndarray]:
     """The two video frames of a pair: at the time of its first frame, and in the middle."""
     blank = np.full_like(images.previous, GREY)
-    color = blank if images.flow is None else flow_to_color(images.flow, scale)
-    middle = blank if images.between is None else images.between
+    answer = images.subject
+    color = blank if answer.flow is None else flow_to_color(answer.flow, scale)
+    middle = blank if answer.between is None else answer.between
     labels = (
         f"given: {rate:.3g} frames/s",
         f"flow, full colour at {scale:.3g} px",
@@ -151,21 +173,27 @@ def _labelled(image: np.ndarray, label: str, size: tuple[int, int]) -> np.ndarra
     return np.vstack([bar, image])
 
 
-def _pair_pictures(images: PairImages, scale: float) -> list[tuple[str, np.ndarray]]:
+def _pair_pictures(
+    images: PairImages, answer: AnswerImages, scale: float, true_flow: FlowAndValid | None
+) -> list[tuple[str, np.ndarray]]:
     pictures = [("first frame", images.previous), ("second frame", images.next)]
-    if images.flow is not None:
-        pictures.append((f"flow, full colour at {scale:.3g} px", flow_to_color(images.flow, scale)))
-    if images.between is not None:
-        pictures.append(("in-between frame", images.between))
+    if answer.flow is not None:
+        pictures.append((f"flow, full colour at {scale:.3g} px", flow_to_color(answer.flow, scale)))
+    if true_flow is not None and answer.flow is not None and true_flow[0].shape == answer.flow.shape:
+        flow, valid = true_flow
+        pictures.append(("true flow, black where unknown", flow_to_color(flow, scale) * valid[..., None]))
+        with np.errstate(invalid="ignore"):
+            distance = np.where(valid, np.hypot(*np.moveaxis(answer.flow - flow, -1, 0)), 0)
+        shade = np.nan_to_num(np.clip(distance / ERROR_WHITE_PX, 0, 1), nan=1.0)
+        error = np.repeat((255 * shade).astype(np.uint8)[..., None], 3, axis=2)
+        pictures.append((f"end-point error, white from {ERROR_WHITE_PX:g} px", error))
+    if answer.between is not None:
+        pictures.append(("in-between frame", answer.between))
     if images.held_back is not None:
         pictures.append(("held-back frame", images.held_back))
-    if (
-        images.between is not None
-        and images.held_back is not None
-        and images.between.shape == images.held_back.shape
-    ):
-        error = cv2.convertScaleAbs(cv2.absdiff(images.between, images.held_back), alpha=ERROR_GAIN)
-        pictures.append((f"their difference × {ERROR_GAIN}", error))
+        if answer.between is not None and answer.between.shape == images.held_back.shape:
+            error = cv2.convertScaleAbs(cv2.absdiff(answer.between, images.held_back), alpha=ERROR_GAIN)
+            pictures.append((f"their difference × {ERROR_GAIN}", error))
     return pictures
 
 
@@ -177,13 +205,14 @@ def save(pair: ChosenPair, directory: Path, number: int) -> Path:
     while len(panels) % 3:
         panels.append(np.zeros_like(panels[0]))
     sheet = np.vstack([np.hstack(panels[row : row + 3]) for row in range(0, len(panels), 3)])
-    return _write(directory / f"{pair.kind.replace(' ', '_')}_{number}.png", sheet)
+    method = "" if pair.method == SUBJECT else f"{pair.method}_"
+    return _write(directory / f"{method}{pair.kind.replace(' ', '_')}_{number}.png", sheet)
 
 
 def save_overview(pairs: list[ChosenPair], path: Path) -> None:
     """Write one picture for the whole run: frame, flow and in-between frame of a typical pair."""
     wanted = ("first frame", "flow", "in-between frame")
-    for pair in sorted(pairs, key=lambda pair: pair.kind != "typical"):
+    for pair in sorted(pairs, key=lambda pair: (pair.method != SUBJECT, pair.kind != "typical")):
         panels = [next((item for item in pair.images if item[0].startswith(w)), None) for w in wanted]
         if None not in panels:
             size = _panel_size(pair.images[0][1], SHEET_PANEL)

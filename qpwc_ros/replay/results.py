@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,19 +10,47 @@ import numpy as np
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, Reader, StoragePlugin, Writer
 
 from qpwc_ros.replay.bag import COMPRESSED_IMAGE, IMAGE, NS, Frame, stamp_ns, time_ns, typestore
+from qpwc_ros.replay.run import SUBJECT
 
 TIME_REFERENCE = "sensor_msgs/msg/TimeReference"
 
-# What the node was given, what was kept from it, and what it answered. Compressed input keeps its suffix,
-# so image_transport's and Foxglove's conventions hold.
+# What the estimators were given, and what was kept from them. Compressed input keeps its suffix, so
+# image_transport's and Foxglove's conventions hold.
 GIVEN = "/image"
 HELD_BACK = "/held_back"
-FLOW = "/flow/flow"
-INTERVAL = "/flow/flow/interval"
-COLOR = "/flow/flow/color"
-BETWEEN = "/flow/interpolated"
 
-OUTPUT_TYPES = {FLOW: IMAGE, INTERVAL: TIME_REFERENCE, COLOR: IMAGE, BETWEEN: IMAGE}
+
+@dataclass(frozen=True)
+class Topics:
+    """Where a method's answers are; for the one under test as the node names them."""
+
+    flow: str
+    interval: str
+    color: str
+    confidence: str
+    between: str
+    error: str  # between the in-between frame and the held-back one; offline only
+
+    @classmethod
+    def of(cls, method: str) -> Topics:
+        """Those of a method by its name."""
+        base = f"/{method}"
+        flow = f"{base}/flow"
+        return cls(
+            flow=flow,
+            interval=f"{flow}/interval",
+            color=f"{flow}/color",
+            confidence=f"{flow}/confidence",
+            between=f"{base}/interpolated",
+            error=f"{base}/error",
+        )
+
+
+_SUBJECT = Topics.of(SUBJECT)
+FLOW, INTERVAL, COLOR = _SUBJECT.flow, _SUBJECT.interval, _SUBJECT.color
+CONFIDENCE, BETWEEN = _SUBJECT.confidence, _SUBJECT.between
+
+OUTPUT_TYPES = {FLOW: IMAGE, INTERVAL: TIME_REFERENCE, COLOR: IMAGE, CONFIDENCE: IMAGE, BETWEEN: IMAGE}
 
 
 class ResultsWriter:
@@ -76,13 +104,13 @@ class ResultsWriter:
         )
         self.write(topic, IMAGE, stamp, self._store.serialize_cdr(message, IMAGE))
 
-    def write_interval(self, previous: int, stamp: int, frame_id: str = "") -> None:
+    def write_interval(self, previous: int, stamp: int, frame_id: str = "", *, topic: str = INTERVAL) -> None:
         """Append the TimeReference that says from when to when a flow reaches (both ns)."""
         types = self._store.types
         message = types[TIME_REFERENCE](
             header=self._header(stamp, frame_id), time_ref=self._time(previous), source="previous frame"
         )
-        self.write(INTERVAL, TIME_REFERENCE, stamp, self._store.serialize_cdr(message, TIME_REFERENCE))
+        self.write(topic, TIME_REFERENCE, stamp, self._store.serialize_cdr(message, TIME_REFERENCE))
 
     def _time(self, stamp: int) -> object:
         return self._store.types["builtin_interfaces/msg/Time"](sec=stamp // NS, nanosec=stamp % NS)
@@ -92,8 +120,23 @@ class ResultsWriter:
 
 
 @dataclass
+class Answer:
+    """What one method said of a pair; deserialized messages, None where there is none.
+
+    Attributes:
+        flow_from: stamp (ns) of the frame the flow really starts at: another than the pair's after a drop.
+        between: the in-between frames as (stamp, message), in order.
+    """
+
+    flow: object | None = None
+    flow_from: int | None = None
+    confidence: object | None = None
+    between: list[tuple[int, object]] = field(default_factory=list)
+
+
+@dataclass
 class Pair:
-    """Two consecutive frames that the estimator was given, and all that lies between and belongs to them.
+    """Two consecutive frames that the estimators were given, and all that lies between and belongs to them.
 
     The messages are deserialized sensor_msgs; lists are in the order of their stamps (ns).
     """
@@ -102,48 +145,43 @@ class Pair:
     stamp: int
     previous: object
     next: object
-    flow: object | None
-    flow_from: int | None = (
-        None  # stamp of the frame the flow really starts at; not previous_stamp after a drop
-    )
+    answers: dict[str, Answer]
     held_back: list[tuple[int, object]] = field(default_factory=list)
-    between: list[tuple[int, object]] = field(default_factory=list)
+
+    def answer(self, method: str = SUBJECT) -> Answer:
+        """What a method said; empty where it said nothing."""
+        return self.answers.get(method) or Answer()
 
 
-def read_pairs(path: Path, max_interval: int) -> Iterator[Pair]:
-    """Yield the pairs of a results bag one by one, in order; a pair that was never answered has `flow` None.
+def read_pairs(path: Path, max_interval: int, methods: Iterable[str] = (SUBJECT,)) -> Iterator[Pair]:
+    """Yield the pairs of a results bag one by one, in order; a pair without an answer has flow None.
 
     Two frames more than `max_interval` ns apart are no pair.
     """
     store = typestore()
-    role = {
-        GIVEN: "given",
-        GIVEN + "/compressed": "given",
-        HELD_BACK: "held_back",
-        HELD_BACK + "/compressed": "held_back",
-        FLOW: "flow",
-        INTERVAL: "interval",
-        BETWEEN: "between",
-    }
+    role: dict[str, tuple[str, str]] = {}
+    for kind, topic in (("given", GIVEN), ("held_back", HELD_BACK)):
+        role[topic] = role[topic + "/compressed"] = (kind, "")
+    for method in methods:
+        topics = Topics.of(method)
+        for kind in ("flow", "interval", "confidence", "between"):
+            role[getattr(topics, kind)] = (kind, method)
     with Reader(path) as reader:
         wanted = [c for c in reader.connections if c.topic in role]
         previous: tuple[int, object] | None = None
         held_back: list[tuple[int, object]] = []
-        between: list[tuple[int, object]] = []
+        answers: dict[str, Answer] = {}
         given: object | None = None
-        flow: object | None = None
-        flow_from: int | None = None
         at = -1
 
         def close() -> Pair | None:
             """Called when all messages of the stamp `at` are in."""
-            nonlocal previous, held_back, between, given, flow, flow_from
+            nonlocal previous, held_back, answers, given
             pair = None
             if given is not None:
                 if previous is not None and at - previous[0] <= max_interval:
-                    pair = Pair(previous[0], at, previous[1], given, flow, flow_from, held_back, between)
-                previous, held_back, between = (at, given), [], []
-            given = flow = flow_from = None
+                    pair = Pair(previous[0], at, previous[1], given, answers, held_back)
+                previous, held_back, answers, given = (at, given), [], {}, None
             return pair
 
         for connection, stamp, raw in reader.messages(wanted) if wanted else ():
@@ -153,17 +191,19 @@ def read_pairs(path: Path, max_interval: int) -> Iterator[Pair]:
                     yield pair
                 at = stamp
             message = store.deserialize_cdr(raw, connection.msgtype)
-            kind = role[connection.topic]
+            kind, method = role[connection.topic]
             if kind == "given":
                 given = message
-            elif kind == "flow":
-                flow = message
-            elif kind == "interval":
-                flow_from = time_ns(message.time_ref)
             elif kind == "held_back":
                 held_back.append((stamp_ns(message), message))
             else:
-                between.append((stamp_ns(message), message))
+                answer = answers.setdefault(method, Answer())
+                if kind == "between":
+                    answer.between.append((stamp_ns(message), message))
+                elif kind == "interval":
+                    answer.flow_from = time_ns(message.time_ref)
+                else:
+                    setattr(answer, kind, message)
         pair = close()
         if pair:
             yield pair

@@ -8,6 +8,37 @@ from dataclasses import dataclass, field
 #: Called after each frame taken from the bag.
 Progress = Callable[[], None]
 
+#: Name of the method under test among the methods of a run, and its namespace in the results bag.
+SUBJECT = "flow"
+
+
+@dataclass
+class MethodRun:
+    """What one method took and needed.
+
+    Attributes:
+        label: what to call it in tables, such as "qpwc_fast int8".
+        latency: seconds by the stamp (ns) of a flow. Offline: from having both frames to having it.
+            Live: from publishing the second frame to receiving the flow.
+        cpu_seconds: processor time of all its flows together, all threads. Live: of the node from the first
+            frame on, with all that it does.
+        energy_j: joules that the whole processor took meanwhile; None where the machine does not say.
+        facts: what ran, as lines for the report: model, precision, threads, …
+    """
+
+    label: str = SUBJECT
+    latency: dict[int, float] = field(default_factory=dict)
+    cpu_seconds: float | None = None
+    energy_j: float | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def spend(self, cpu_seconds: float | None, energy_j: float | None) -> None:
+        """Add what one flow took; None where it is not known."""
+        if cpu_seconds is not None:
+            self.cpu_seconds = (self.cpu_seconds or 0.0) + cpu_seconds
+        if energy_j is not None:
+            self.energy_j = (self.energy_j or 0.0) + energy_j
+
 
 @dataclass
 class Run:
@@ -15,20 +46,20 @@ class Run:
 
     Attributes:
         mode: "offline" or "live".
-        latency: seconds by the stamp (ns) of a flow. Offline: from having both frames to having it.
-            Live: from publishing the second frame to receiving the flow.
-        first, last: monotonic seconds at the first frame and at the last flow.
         max_interval: ns; two frames further apart make no pair.
+        methods: by name; SUBJECT is the first, the others are compared with it.
+        first, last: monotonic seconds at the first frame and at the last flow.
         given, held_back: frames that went to the estimator, and that were kept from it.
         pairs: pairs of consecutive frames that the estimator was given.
         stopped: why it ended before the bag did, in words; None if it did not.
-        facts: what ran, as lines for the report: model, precision, threads, …
+        peak_rss_mb: largest resident memory of the process that computes, in MiB.
         diagnostics: the node's last diagnostics, as it words them.
+        notes: what the reader of the report should know, one line each.
     """
 
     mode: str
     max_interval: int
-    latency: dict[int, float] = field(default_factory=dict)
+    methods: dict[str, MethodRun] = field(default_factory=lambda: {SUBJECT: MethodRun()})
     first: float | None = None
     last: float | None = None
     given: int = 0
@@ -36,8 +67,9 @@ class Run:
     pairs: int = 0
     stopped: str | None = None
     interrupted: bool = False
-    facts: dict[str, str] = field(default_factory=dict)
+    peak_rss_mb: float | None = None
     diagnostics: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     _last_given: int | None = None
 
@@ -51,8 +83,23 @@ class Run:
         self._last_given = stamp
 
     @property
+    def subject(self) -> MethodRun:
+        """The method under test."""
+        return self.methods[SUBJECT]
+
+    @property
+    def latency(self) -> dict[int, float]:
+        """Latencies of the method under test."""
+        return self.subject.latency
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Facts of the method under test."""
+        return self.subject.facts
+
+    @property
     def flows(self) -> int:
-        """Flows that came out."""
+        """Flows that came out of the method under test."""
         return len(self.latency)
 
     @property
