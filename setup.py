@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["numpy>=1.24", "opencv-python-headless>=4.6", "ai-edge-litert>=1.2", "tqdm>=4.60"],
     extras_require={
-        "replay": ["rosbags>=0.10", "jinja2>=3.0"],
+        "replay": ["rosbags>=0.10", "jinja2>=3.0", "matplotlib>=3.6"],
         "cluster": ["distributed>=2024.1"],
         "train": [
             "tensorflow>=2.16",

@@ -47,7 +47,7 @@ class QuantizeConfig:
     height: int = 192
     width: int = 256
     batch: int = 8
-    motion: tuple[float, float] = (1.0, 40.0)
+    motion: tuple[float, float] = (1.0, 90.0)
     epoch_steps: int = 100
     seed: int = 3
     validation_size: tuple[int, int] = (384, 512)

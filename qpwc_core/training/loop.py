@@ -40,7 +40,8 @@ class TrainConfig:
         epoch_steps: steps between validations and backups.
         textures, validation_textures: archives of ``prepare_textures.py``; None: procedural patterns.
         motion: range of the scenes' typical motion in pixels. Matching is learned from motion of several
-            cells of the finest level; sub-pixel motion alone teaches a new network to predict none.
+            cells of a level, so the coarsest needs a good part of a hundred pixels, and crops that such motion
+            does not leave; sub-pixel motion alone teaches a new network to predict none.
         initial: weights to start from, or None.
         refit_embeddings: pairs on which ``fit_embeddings`` sets the matching features of ``initial`` anew
             before the first step; 0 leaves them. A fresh network's are always fitted.
@@ -52,18 +53,18 @@ class TrainConfig:
     """
 
     network: str = "qpwc_fast"
-    height: int = 192
-    width: int = 256
-    batch: int = 8
+    height: int = 256
+    width: int = 384
+    batch: int = 4
     steps: int = 12_000
-    learning_rate: float = 6e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-5
     warmup: int = 500
     epoch_steps: int = 250
     seed: int = 1
     textures: str | None = None
     validation_textures: str | None = None
-    motion: tuple[float, float] = (1.0, 40.0)
+    motion: tuple[float, float] = (2.0, 90.0)
     initial: str | None = None
     refit_embeddings: int = 0
     validation_size: tuple[int, int] = (384, 512)

@@ -287,7 +287,6 @@ def _plots(run: Run, all_figures: Figures) -> list[tuple[str, str]]:
             if measure.field == "psnr_db":
                 axes.plot(*series("psnr_average_db"), ".-", color="0.6", label="average of the neighbours")
             axes.set(xlabel="time in the bag (s)", ylabel=f"{measure.name} ({measure.unit})")
-            axes.legend(fontsize="small")
 
         plots.append((_DRAWN[measure.field], _figure(quality)))
     measure = ranking(figures)
@@ -300,7 +299,6 @@ def _plots(run: Run, all_figures: Figures) -> list[tuple[str, str]]:
             labels = [run.methods[method].label for method in all_figures]
             axes.hist(values, bins=min(30, max(5, len(figures) // 3)), label=labels)
             axes.set(xlabel=f"{measure.name} ({measure.unit})", ylabel="pairs")
-            axes.legend(fontsize="small")
 
         plots.append((f"How the figures are spread: {measure.name}", _figure(spread)))
     latency = series("latency_ms")
@@ -313,8 +311,6 @@ def _plots(run: Run, all_figures: Figures) -> list[tuple[str, str]]:
                     axes.axvline((figure.stamp - start) / 1e9, color="tab:red", lw=0.8)
             axes.set(xlabel="time in the bag (s)", ylabel="latency (ms)")
             axes.set_ylim(bottom=0)
-            if len(all_figures) > 1:
-                axes.legend(fontsize="small")
 
         def histogram(axes):
             axes.hist(latency[1], bins=min(40, max(5, len(latency[1]) // 3)))
@@ -339,7 +335,6 @@ def _plots(run: Run, all_figures: Figures) -> list[tuple[str, str]]:
             axes.plot(*series("motion_px"), ".-", color="0.6", label="median")
             axes.set(xlabel="time in the bag (s)", ylabel="motion in a pair (px)")
             axes.set_ylim(bottom=0)
-            axes.legend(fontsize="small")
 
         plots.append(("Length of the flow vectors", _figure(length)))
     return plots
@@ -350,12 +345,24 @@ def _figure(draw) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "qpwc", "font.size": 10}):
-        # Margins for labels of four digits; to have them computed would double the time of the whole report.
-        figure = Figure(figsize=(7, 2.8))
-        axes = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.985, "bottom": 0.19, "top": 0.96})
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "qpwc", "font.size": 9}):
+        # Small, so that the letters can be read on a phone. The margins are for labels of four digits; having
+        # them computed would double the time of the whole report.
+        figure = Figure()
+        axes = figure.subplots()
         axes.grid(alpha=0.3)
         draw(axes)
+        labels = axes.get_legend_handles_labels()[1]
+        above = 0.08  # inches
+        if labels:
+            # Above, where it hides nothing.
+            columns = 1 if max(map(len, labels)) > 36 else 2
+            above += 0.2 * -(-len(labels) // columns)
+            place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+            axes.legend(ncols=columns, frameon=False, fontsize="small", **place)
+        height = 2.6 + above
+        figure.set_size_inches(5.2, height)
+        figure.subplots_adjust(left=0.13, right=0.96, bottom=0.48 / height, top=1 - above / height)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,355 @@
+"""What can be made into a recording. Each source yields its messages in the order of their stamps."""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from qpwc_core.errors import FormatError
+from qpwc_core.video import VideoReader
+from qpwc_ros.convert.messages import (
+    Calibration,
+    Item,
+    camera_info,
+    compressed_image,
+    image,
+    imu,
+    pose,
+)
+from qpwc_ros.replay.bag import NS
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+TRUE_POSE = "/ground_truth/pose"
+WORLD = "world"
+# Any time will do where the source has none; stamps that start at zero would read as "not set" in ROS.
+START_NS = 1_700_000_000 * NS
+DEFAULT_RATE = 30.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the source does not say itself.
+
+    Attributes:
+        rate: frames per second of images; of a video, in place of its own. None: the video's, else 30.
+        field_of_view: horizontal, degrees, of a camera that comes without calibration; None leaves it open.
+        quality: of the JPEGs that a video's frames become, 1..100.
+    """
+
+    rate: float | None = None
+    field_of_view: float | None = None
+    quality: int = 95
+
+
+def items(source: Path, settings: Settings) -> Iterator[Item]:
+    """The messages of whatever `source` is.
+
+    A video file; or a directory: a TUM RGB-D sequence (rgb.txt), a EuRoC one (mav0/), a KITTI raw drive
+    (image_02/timestamps.txt), or else images in the order of their names.
+
+    Raises:
+        OSError: it cannot be read.
+        FormatError: it is none of these, or damaged.
+    """
+    if not source.exists():
+        raise FormatError(f"{source}: no such file or directory")
+    if source.is_file():
+        return _video(source, settings)
+    if (source / "rgb.txt").is_file():
+        return _tum(source)
+    if (source / "mav0").is_dir():
+        return _euroc(source / "mav0")
+    if any(source.glob("image_0[0-3]/timestamps.txt")):
+        return _kitti(source)
+    return _images(source, settings)
+
+
+def _video(path: Path, settings: Settings) -> Iterator[Item]:
+    with VideoReader(path) as video:
+        rate = settings.rate or video.fps
+        for number, frame in enumerate(video):
+            ok, jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, settings.quality])
+            if not ok:
+                raise FormatError(f"{path}: frame {number} cannot be encoded as JPEG")
+            stamp = START_NS + round(number * NS / rate)
+            size = (frame.shape[1], frame.shape[0])
+            yield camera_info(stamp, "/camera/camera_info", "camera", size, _assumed(settings, size))
+            topic = "/camera/image_raw/compressed"
+            yield compressed_image(stamp, topic, "camera", jpeg.tobytes(), "jpeg")
+
+
+def _images(directory: Path, settings: Settings) -> Iterator[Item]:
+    files = sorted(
+        (p for p in directory.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")),
+        key=lambda path: _natural(path.name),
+    )
+    if not files:
+        raise FormatError(f"{directory}: has no images, and is no TUM, EuRoC or KITTI sequence")
+    rate = settings.rate or DEFAULT_RATE
+    stamped = ((START_NS + round(n * NS / rate), path) for n, path in enumerate(files))
+    yield from _camera("/camera", stamped, None, settings)
+
+
+def _natural(name: str) -> list:
+    """Sorts frame10 behind frame9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _assumed(settings: Settings, size: tuple[int, int]) -> Calibration:
+    if settings.field_of_view is None:
+        return Calibration()
+    return Calibration.from_field_of_view(*size, settings.field_of_view)
+
+
+def _camera(
+    base: str,
+    stamped: Iterable[tuple[int, Path]],
+    calibration: Calibration | None,
+    settings: Settings | None = None,
+) -> Iterator[Item]:
+    """Image files of a camera and their CameraInfo; PNG and JPEG go into the bag as they are."""
+    frame_id = base.strip("/")
+    for stamp, path in stamped:
+        content = path.read_bytes()
+        try:
+            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+        except cv2.error:
+            pixels = None
+        if pixels is None:
+            raise FormatError(f"{path}: not an image that can be read")
+        size = (pixels.shape[1], pixels.shape[0])
+        known = calibration if calibration is not None else _assumed(settings or Settings(), size)
+        yield camera_info(stamp, f"{base}/camera_info", frame_id, size, known)
+        form = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}.get(path.suffix.lower())
+        if form:
+            yield compressed_image(stamp, f"{base}/image_raw/compressed", frame_id, content, form)
+        else:
+            yield image(stamp, f"{base}/image_raw", frame_id, pixels, "bgr8")
+
+
+def _merge(*streams: Iterable[Item]) -> Iterator[Item]:
+    return heapq.merge(*streams, key=lambda item: item.stamp)
+
+
+def _seconds(text: str, where: str) -> int:
+    """Nanoseconds of decimal seconds, without the rounding of floats."""
+    try:
+        return round(Decimal(text) * NS)
+    except InvalidOperation as error:
+        raise FormatError(f"{where}: {text!r} is no time") from error
+
+
+def _numbers(texts: Iterable[str], count: int, where: str) -> list[float]:
+    try:
+        values = [float(text) for text in texts]
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from error
+    if len(values) < count or not all(map(math.isfinite, values)):
+        raise FormatError(f"{where}: {count} finite numbers were expected, got {len(values)}")
+    return values
+
+
+# --- TUM RGB-D: https://cvg.cit.tum.de/data/datasets/rgbd-dataset/file_formats ----------------------------
+
+# Published calibrations of the three cameras; else the default of the ROS driver.
+_TUM_CAMERAS = {
+    "freiburg1": Calibration(517.3, 516.5, 318.6, 255.3, (0.2624, -0.9531, -0.0054, 0.0026, 1.1633)),
+    "freiburg2": Calibration(520.9, 521.0, 325.1, 249.7, (0.2312, -0.7849, -0.0033, -0.0001, 0.9172)),
+    "freiburg3": Calibration(535.4, 539.2, 320.1, 247.6),
+}
+_TUM_DEFAULT = Calibration(525.0, 525.0, 319.5, 239.5)
+_TUM_DEPTH_PER_METRE = 5000
+
+
+def _tum(directory: Path) -> Iterator[Item]:
+    name = directory.resolve().name
+    calibration = next((c for key, c in _TUM_CAMERAS.items() if key in name), _TUM_DEFAULT)
+    streams = [_camera("/camera", _tum_files(directory, "rgb.txt"), calibration)]
+    if (directory / "depth.txt").is_file():
+        streams.append(_tum_depth(directory))
+    if (directory / "groundtruth.txt").is_file():
+        streams.append(_tum_poses(directory / "groundtruth.txt"))
+    return _merge(*streams)
+
+
+def _tum_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(where it is, the words) of each line that is no comment."""
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            words = line.split()
+            if words and not words[0].startswith("#"):
+                yield f"{path}:{number}", words
+
+
+def _tum_files(directory: Path, listing: str) -> Iterator[tuple[int, Path]]:
+    for where, words in _tum_rows(directory / listing):
+        if len(words) < 2:
+            raise FormatError(f"{where}: a time and a file were expected")
+        yield _seconds(words[0], where), directory / words[1]
+
+
+def _tum_depth(directory: Path) -> Iterator[Item]:
+    for stamp, path in _tum_files(directory, "depth.txt"):
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+        depth = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if content.size else None
+        if depth is None or depth.dtype != np.uint16 or depth.ndim != 2:
+            raise FormatError(f"{path}: not a 16-bit grey image, as depth is")
+        # 16UC1 is in millimetres (REP 118); 0 is unknown in both.
+        millimetres = np.rint(depth * (1000 / _TUM_DEPTH_PER_METRE)).astype(np.uint16)
+        yield image(stamp, "/camera/depth/image_raw", "camera", millimetres, "16UC1")
+
+
+def _tum_poses(path: Path) -> Iterator[Item]:
+    for where, words in _tum_rows(path):
+        values = _numbers(words[1:], 7, where)
+        yield pose(_seconds(words[0], where), TRUE_POSE, WORLD, values[:3], values[3:7])
+
+
+# --- EuRoC MAV: https://projects.asl.ethz.ch/datasets/euroc-mav ------------------------------------------
+
+
+def _euroc(mav: Path) -> Iterator[Item]:
+    cameras = sorted(path for path in mav.glob("cam[0-9]") if (path / "data.csv").is_file())
+    if not cameras:
+        raise FormatError(f"{mav}: has no cam0/data.csv")
+    streams = [_camera(f"/{c.name}", _euroc_files(c), _euroc_calibration(c)) for c in cameras]
+    for path in sorted(mav.glob("imu[0-9]/data.csv")):
+        streams.append(_euroc_imu(path))
+    for path in sorted(mav.glob("state_groundtruth_estimate[0-9]/data.csv"))[:1]:
+        streams.append(_euroc_poses(path))
+    return _merge(*streams)
+
+
+def _euroc_rows(path: Path) -> Iterator[tuple[str, int, list[str]]]:
+    """(where it is, stamp in ns, the other cells) of each line that is no comment."""
+    with path.open(newline="") as file:
+        for number, cells in enumerate(csv.reader(file), 1):
+            if cells and not cells[0].lstrip().startswith("#"):
+                where = f"{path}:{number}"
+                if not cells[0].strip().isdigit():
+                    raise FormatError(f"{where}: {cells[0]!r} is no time in nanoseconds")
+                yield where, int(cells[0]), [cell.strip() for cell in cells[1:]]
+
+
+def _euroc_files(camera: Path) -> Iterator[tuple[int, Path]]:
+    for where, stamp, cells in _euroc_rows(camera / "data.csv"):
+        if not cells:
+            raise FormatError(f"{where}: names no file")
+        yield stamp, camera / "data" / cells[0]
+
+
+def _euroc_calibration(camera: Path) -> Calibration:
+    path = camera / "sensor.yaml"
+    if not path.is_file():
+        return Calibration()
+    from ruamel.yaml import YAML  # rosbags needs it too
+    from ruamel.yaml.error import YAMLError
+
+    # The files begin with %YAML:1.0, which is OpenCV's way and no YAML.
+    text = re.sub(r"\A%YAML.*\n", "", path.read_text())
+    try:
+        content = YAML(typ="safe").load(text)
+        intrinsics = [float(value) for value in content["intrinsics"]]
+        distortion = [float(value) for value in content.get("distortion_coefficients", ())]
+        return Calibration(*intrinsics[:4], distortion[:5])
+    except (YAMLError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path}: has no intrinsics ({' '.join(str(error).split())})") from error
+
+
+def _euroc_imu(path: Path) -> Iterator[Item]:
+    name = path.parent.name
+    for where, stamp, cells in _euroc_rows(path):
+        values = _numbers(cells, 6, where)
+        yield imu(stamp, f"/{name}", name, values[:3], values[3:6])
+
+
+def _euroc_poses(path: Path) -> Iterator[Item]:
+    for where, stamp, cells in _euroc_rows(path):
+        x, y, z, qw, qx, qy, qz = _numbers(cells, 7, where)[:7]
+        yield pose(stamp, TRUE_POSE, WORLD, (x, y, z), (qx, qy, qz, qw))
+
+
+# --- KITTI raw: https://www.cvlibs.net/datasets/kitti/raw_data.php ---------------------------------------
+
+_EARTH_RADIUS_M = 6_378_137.0
+
+
+def _kitti(drive: Path) -> Iterator[Item]:
+    calibration = _kitti_calibration(drive.resolve().parent / "calib_cam_to_cam.txt")
+    streams = []
+    for folder in sorted(drive.glob("image_0[0-3]")):
+        known = calibration.get(folder.name[-2:], Calibration())
+        streams.append(_camera(f"/{folder.name}", _kitti_files(folder, ".png"), known))
+    if (drive / "oxts" / "timestamps.txt").is_file():
+        streams.append(_kitti_poses(drive / "oxts"))
+    return _merge(*streams)
+
+
+def _kitti_files(folder: Path, suffix: str) -> Iterator[tuple[int, Path]]:
+    """(stamp, file); files that are missing, as some drives have it, are left out."""
+    with (folder / "timestamps.txt").open() as file:
+        for number, line in enumerate(line for line in file if line.strip()):
+            path = folder / "data" / f"{number:010d}{suffix}"
+            if path.is_file():
+                yield _kitti_time(line.strip(), f"{folder / 'timestamps.txt'}:{number + 1}"), path
+
+
+def _kitti_time(text: str, where: str) -> int:
+    whole, _, fraction = text.partition(".")
+    try:
+        seconds = datetime.strptime(whole, "%Y-%m-%d %H:%M:%S").replace(tzinfo=timezone.utc).timestamp()
+    except ValueError as error:
+        raise FormatError(f"{where}: {text!r} is no time") from error
+    return int(seconds) * NS + _seconds(f"0.{fraction or 0}", where)
+
+
+def _kitti_calibration(path: Path) -> dict[str, Calibration]:
+    """The rectified cameras by their number, "00" to "03"; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    cameras = {}
+    for line in path.read_text().splitlines():
+        key, _, values = line.partition(":")
+        if key.startswith("P_rect_"):
+            p = _numbers(values.split(), 12, str(path))
+            cameras[key[-2:]] = Calibration(p[0], p[5], p[2], p[6])
+    return cameras
+
+
+def _kitti_poses(oxts: Path) -> Iterator[Item]:
+    """The vehicle's pose in metres from where it began, as the development kit's convertOxtsToPose does."""
+    scale = origin = None
+    for stamp, path in _kitti_files(oxts, ".txt"):
+        latitude, longitude, altitude, roll, pitch, yaw = _numbers(path.read_text().split(), 6, str(path))[:6]
+        if scale is None:
+            scale = math.cos(math.radians(latitude))
+        place = np.array(
+            [
+                scale * _EARTH_RADIUS_M * math.radians(longitude),
+                scale * _EARTH_RADIUS_M * math.log(math.tan(math.radians(90 + latitude) / 2)),
+                altitude,
+            ]
+        )
+        origin = place if origin is None else origin
+        yield pose(stamp, TRUE_POSE, WORLD, place - origin, _quaternion(roll, pitch, yaw))
+
+
+def _quaternion(roll: float, pitch: float, yaw: float) -> tuple[float, float, float, float]:
+    """x, y, z, w of Rz(yaw) Ry(pitch) Rx(roll), radians."""
+    (sr, cr), (sp, cp), (sy, cy) = ((math.sin(a / 2), math.cos(a / 2)) for a in (roll, pitch, yaw))
+    return (
+        sr * cp * cy - cr * sp * sy,
+        cr * sp * cy + sr * cp * sy,
+        cr * cp * sy - sr * sp * cy,
+        cr * cp * cy + sr * sp * sy,
+    )

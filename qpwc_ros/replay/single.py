@@ -1,0 +1,195 @@
+"""One bag from end to end: run, measure, draw, report."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpwc_core.machine import available_cores
+from qpwc_core.runtime.models import DEFAULT_PRECISION
+from qpwc_ros.replay import evaluate, methods, pictures, report
+from qpwc_ros.replay.bag import Bag
+from qpwc_ros.replay.output import METRICS, replaced_directory
+from qpwc_ros.replay.results import ResultsWriter
+from qpwc_ros.replay.run import SUBJECT, Run
+from qpwc_ros.replay.truth import NO_TRUTH, Truth, open_truth
+
+# Frames further apart than this many mean intervals are not paired: the recording has a gap there.
+GAP = 10
+LEAST_GAP_NS = 2 * 10**9
+
+#: Opens a progress bar: (total, unit, description) to a context manager with the function to call at each step.
+Bar = Callable[[int, str, str], contextlib.AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to replay; see the command's `--help`. It can be sent to another process.
+
+    Attributes:
+        command: the command line, as the report shall show it.
+    """
+
+    live: bool = False
+    topic: str | None = None
+    all_frames: bool = False
+    estimator: str = methods.TFLITE
+    model: str | None = None
+    precision: str = DEFAULT_PRECISION
+    threads: int | None = None
+    compare: str | None = None
+    truth: str | None = None
+    rate: float = 1.0
+    node: str | None = None
+    image_topic: str | None = None
+    confidence: bool = False
+    command: str = ""
+
+    @property
+    def hold_back(self) -> bool:
+        """Whether every second frame is kept from the estimator."""
+        # The truth is between neighbouring frames, so none of them may be missing.
+        return not (self.all_frames or self.truth)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is to be said of a bag when its report is written.
+
+    Attributes:
+        summaries: by method; see evaluate.summarize.
+        table, means, bands: see report.table, report.means_table, report.bands_table.
+        stopped: why it ended before the bag did; None if it did not.
+    """
+
+    summaries: dict[str, dict]
+    table: list[tuple[str, str]]
+    means: list[list[str]]
+    bands: list[list[str]]
+    figures: evaluate.Figures
+    notes: list[str]
+    stopped: str | None
+    interrupted: bool
+
+
+@contextlib.contextmanager
+def no_bar(total: int, unit: str, description: str):
+    """A progress bar that shows nothing."""
+    yield lambda: None
+
+
+def replay_bag(path: Path, target: Path, options: Options, bar: Bar = no_bar) -> Outcome:
+    """Replay a bag and write its report to the directory `target`, which appears whole or not at all.
+
+    Raises:
+        QpwcError: the bag, the model or the ground truth cannot be used, or `target` is something else.
+        OSError: the report cannot be written.
+    """
+    with Bag(path, options.topic) as bag, replaced_directory(target) as directory:
+        subject = report.Subject(
+            bag=str(path),
+            topic=bag.topic,
+            message_type=bag.message_type,
+            frames=bag.count,
+            command=options.command,
+            truth=options.truth,
+        )
+        _open_truth(options, path)  # a mistake in it shows before the work is done
+        results = directory / "results"
+        with bar(bag.count, "frame", "replay") as step:
+            # The writer is closed last, so that the bag has its index also after Ctrl-C.
+            with ResultsWriter(results) as writer:
+                done = (_live if options.live else _offline)(options, bag, writer, directory, step)
+        if bag.skipped:
+            done.notes.append(f"{bag.skipped} frames were left out, their stamps did not increase")
+        truth = _open_truth(options, path)
+        with bar(2 * done.pairs, "pair", "report") as step:
+            figures = evaluate.measure(results, done, truth, step)
+            summaries = {name: evaluate.summarize(done, figures, name) for name in done.methods}
+            chosen = pictures.draw(
+                results,
+                done.max_interval,
+                figures,
+                directory / "side_by_side.mp4",
+                _open_truth(options, path),
+                step,
+            )
+        done.notes += truth.notes
+        if options.truth and not summaries[SUBJECT]["pairs_with_truth"]:
+            done.notes.append(f"no pair has ground truth in {options.truth}: no stamp fits")
+        differences = evaluate.differences(figures)
+        for number, pair in enumerate(chosen, 1):
+            pictures.save(pair, directory, number)
+        pictures.save_overview(chosen, directory / "overview.jpg")
+        report.write_json(directory / METRICS, subject, done, summaries, differences, figures)
+        report.write_csv(directory / "metrics.csv", done, figures)
+        report.write_html(directory / "report.html", subject, done, summaries, differences, figures, chosen)
+    return Outcome(
+        summaries=summaries,
+        table=report.table(done, summaries[SUBJECT]),
+        means=report.means_table(summaries, differences),
+        bands=report.bands_table(summaries),
+        figures=figures,
+        notes=done.notes,
+        stopped=done.stopped,
+        interrupted=done.interrupted,
+    )
+
+
+def _open_truth(options: Options, path: Path) -> Truth:
+    return open_truth(options.truth, path) if options.truth else NO_TRUTH
+
+
+def _max_interval(bag: Bag, hold_back: bool) -> int:
+    """The longest time between frames given, in ns, that still makes them a pair."""
+    return max(LEAST_GAP_NS, GAP * bag.interval * (2 if hold_back else 1))
+
+
+def _offline(options: Options, bag: Bag, writer: ResultsWriter, directory: Path, step) -> Run:
+    from qpwc_ros.replay.offline import run_offline
+
+    threads = options.threads or 0
+    if options.compare and not threads:
+        threads = min(2, available_cores())  # the same for all, so that their times compare
+    specs = [methods.subject(options.estimator, options.model, options.precision, threads)]
+    if options.compare:
+        specs += methods.parse_comparison(options.compare, threads)
+    loaded = {spec.name: methods.load(spec) for spec in specs}
+    done = run_offline(
+        bag,
+        loaded[SUBJECT],
+        writer,
+        hold_back=options.hold_back,
+        max_interval=_max_interval(bag, options.hold_back),
+        others={name: estimator for name, estimator in loaded.items() if name != SUBJECT},
+        progress=step,
+    )
+    for spec in specs:
+        done.methods[spec.name].label = spec.label
+        described = {k: v for k, v in loaded[spec.name].describe().items() if v}
+        done.methods[spec.name].facts = {"estimator": spec.estimator, **described}
+    return done
+
+
+def _live(options: Options, bag: Bag, writer: ResultsWriter, directory: Path, step) -> Run:
+    from qpwc_ros.replay.live import NodeOptions, run_live
+
+    done = run_live(
+        bag,
+        writer,
+        log=directory / "node.log",
+        options=NodeOptions(options.estimator, options.model, options.precision, options.threads),
+        running_node=options.node,
+        image_topic=options.image_topic,
+        hold_back=options.hold_back,
+        max_interval=_max_interval(bag, options.hold_back),
+        rate=options.rate,
+        confidence=options.confidence,
+        progress=step,
+    )
+    facts = done.subject.facts = {"estimator": options.estimator, **done.facts}
+    model, precision = facts.get("model", options.estimator), facts.get("precision", "")
+    done.subject.label = f"{model} {precision}".strip()
+    return done
