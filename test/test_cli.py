@@ -210,7 +210,11 @@ def test_interrupted_video_leaves_nothing_behind(here, sent, code):
             writer.write(shifted(canvas, i % 20, 0, 480, 640))
     command = [sys.executable, "-m", "qpwc_core.cli", "video", "long.mp4", "-o", "out.mp4", "--codec", "mp4v"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": _repository()}
+        command,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": _repository()},
+        # Whoever runs the tests in the background passes on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     shown = b""
     while shown.count(b"\r") < 3:  # the progress bar has been drawn more than once: frames are being written
