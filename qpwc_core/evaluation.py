@@ -14,7 +14,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from qpwc_core import atomic
+from qpwc_core import atomic, classical
 from qpwc_core.data.datasets import FLOW_DATASETS, STEREO_PAIRS
 from qpwc_core.data.pipeline import validation_samples
 from qpwc_core.data.render import Sample
@@ -101,20 +101,8 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
-def _dis(preset: str) -> Callable[[], Estimate]:
-    def make() -> Estimate:
-        dis = cv2.DISOpticalFlow_create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{preset}"))
-        return lambda prev, next: dis.calc(_grey(prev), _grey(next), None)
-
-    return make
-
-
-def _farneback() -> Estimate:
-    # The values of OpenCV's own sample.
-    values = {
-        "pyr_scale": 0.5, "levels": 5, "winsize": 15, "iterations": 3, "poly_n": 5, "poly_sigma": 1.2, "flags": 0
-    }  # fmt: skip
-    return lambda prev, next: cv2.calcOpticalFlowFarneback(_grey(prev), _grey(next), None, **values)
+def _of_grey(flow: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
+    return lambda prev, next: flow(_grey(prev), _grey(next))
 
 
 def _zero() -> Estimate:
@@ -123,10 +111,10 @@ def _zero() -> Estimate:
 
 CLASSICAL: dict[str, Callable[[], Estimate]] = {
     "zero": _zero,
-    "farneback": _farneback,
-    "dis-ultrafast": _dis("ULTRAFAST"),
-    "dis-fast": _dis("FAST"),
-    "dis-medium": _dis("MEDIUM"),
+    "farneback": lambda: _of_grey(classical.farneback),
+    "dis-ultrafast": lambda: _of_grey(classical.make_dis("ULTRAFAST")),
+    "dis-fast": lambda: _of_grey(classical.make_dis("FAST")),
+    "dis-medium": lambda: _of_grey(classical.make_dis("MEDIUM")),
 }
 """What needs no model, by name; "zero" predicts that nothing moves."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,12 @@ MIN_SIDE = 32
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 """Suffixes of the image formats that can be written."""
+
+
+def natural_order(name: str) -> list[str | int]:
+    """A sort key of file names that puts frame10 behind frame9."""
+    # Split by a group, texts and numbers take turns, so that like is compared with like.
+    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def as_rgb(image: np.ndarray, name: str = "image") -> np.ndarray:

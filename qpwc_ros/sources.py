@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import cv2
 import numpy as np
 
 from qpwc_core.errors import QpwcError
-from qpwc_core.images import IMAGE_SUFFIXES, read_image
+from qpwc_core.images import IMAGE_SUFFIXES, natural_order, read_image
 from qpwc_core.video import VideoReader
 
 #: Images per second of a folder, which has no rate of its own.
@@ -89,7 +88,7 @@ class FolderSource(Source):
             raise SourceError(str(error)) from None
         if not files:
             raise SourceError(f"{path}: no images in this folder")
-        self._files = sorted(files, key=lambda file: _natural(file.name))
+        self._files = sorted(files, key=lambda file: natural_order(file.name))
         self._report = report
         self._next = 0
 
@@ -171,7 +170,3 @@ def open_source(
     if not name or not path.exists():
         raise SourceError(f"{name or 'parameter source is empty'}: no such file, folder or device")
     return FolderSource(path, report) if path.is_dir() else VideoSource(path)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]

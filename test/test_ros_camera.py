@@ -9,19 +9,12 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 
-from ros_harness import Client, MovingTexture, NodeProcess, flow_error, stamp_of, wait_until
+from ros_harness import MovingTexture, NodeProcess, flow_error, stamp_of, wait_until
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from test_ros_sources import CALIBRATION
 
 from qpwc_core.video import VideoWriter
 from qpwc_ros.codec import decode_compressed
-
-
-@pytest.fixture(scope="module")
-def client():
-    client = Client()
-    yield client
-    client.close()
 
 
 @pytest.fixture(scope="module")

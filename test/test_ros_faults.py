@@ -10,18 +10,11 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
-from ros_harness import SECOND, Client, MovingTexture, NodeProcess, flow_error, image, stamp_of, wait_until
+from ros_harness import SECOND, MovingTexture, NodeProcess, flow_error, image, stamp_of, wait_until
 from sensor_msgs.msg import CameraInfo, Image
 
 START = 1_700_000_000 * SECOND
 PERIOD = SECOND // 20
-
-
-@pytest.fixture(scope="module")
-def client():
-    client = Client()
-    yield client
-    client.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 from rcl_interfaces.msg import ParameterType
 from ros_harness import (
     SECOND,
-    Client,
     MovingTexture,
     NodeProcess,
     flow_error,
@@ -32,13 +31,6 @@ from qpwc_ros.codec import decode_compressed
 
 START = 1_700_000_000 * SECOND
 PERIOD = SECOND // 20
-
-
-@pytest.fixture(scope="module")
-def client():
-    client = Client()
-    yield client
-    client.close()
 
 
 @pytest.fixture(autouse=True)

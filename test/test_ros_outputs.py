@@ -10,7 +10,6 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 
 from ros_harness import (
     SECOND,
-    Client,
     MovingTexture,
     NodeProcess,
     flow_error,
@@ -25,13 +24,6 @@ START = 1_700_000_000 * SECOND
 PERIOD = SECOND // 20
 K = [260.0, 0.0, 160.0, 0.0, 260.0, 120.0, 0.0, 0.0, 1.0]
 P = [*K[:3], 0.0, *K[3:6], 0.0, 0.0, 0.0, 1.0, 0.0]
-
-
-@pytest.fixture(scope="module")
-def client():
-    client = Client()
-    yield client
-    client.close()
 
 
 @pytest.fixture(scope="module")

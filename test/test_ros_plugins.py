@@ -13,17 +13,10 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 pytest.importorskip("setuptools", reason="building the example package needs setuptools")
 
 from geometry_msgs.msg import Vector3Stamped
-from ros_harness import ROOT, SECOND, Client, MovingTexture, NodeProcess, image, stamp_of, wait_until
+from ros_harness import ROOT, SECOND, MovingTexture, NodeProcess, image, stamp_of, wait_until
 from sensor_msgs.msg import Image
 
 START = 1_700_000_000 * SECOND
-
-
-@pytest.fixture(scope="module")
-def client():
-    client = Client()
-    yield client
-    client.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
+from qpwc_core.classical import make_dis
 from qpwc_core.cli import common
 from qpwc_core.errors import ModelError
 from qpwc_core.machine import available_cores, describe_machine
@@ -101,13 +102,13 @@ def _streaming(estimator) -> Callable[[np.ndarray], object]:
 
 
 def _dis() -> Callable[[np.ndarray], object]:
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    dis = make_dis("MEDIUM")
     previous = None
 
     def step(frame: np.ndarray) -> object:
         nonlocal previous
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-        flow = None if previous is None else dis.calc(previous, grey, None)
+        flow = None if previous is None else dis(previous, grey)
         previous = grey
         return flow
 

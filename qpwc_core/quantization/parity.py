@@ -6,10 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from qpwc_core.data.render import Sample
+from qpwc_core.evaluation import CLASSICAL
 from qpwc_core.metrics import epe
 from qpwc_core.runtime.estimator import FlowEstimator
 
@@ -34,14 +34,13 @@ class Parity:
 def compare(float_model: Path, int8_model: Path, samples: list[Sample]) -> Parity:
     """Runs both models and OpenCV's DIS (medium preset) over ``samples``."""
     models = {"float32": FlowEstimator.load(float_model), "int8": FlowEstimator.load(int8_model)}
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    dis = CLASSICAL["dis-medium"]()
     errors: dict[str, list[float]] = {"zero_flow": [], "dis_medium": [], "float32": [], "int8": []}
     differences = []
     for sample in samples:
-        grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (sample.prev, sample.next)]
         flows = {name: model(sample.prev, sample.next) for name, model in models.items()}
         differences.append(epe(flows["int8"], flows["float32"]))
-        flows["dis_medium"] = dis.calc(*grey, None)
+        flows["dis_medium"] = dis(sample.prev, sample.next)
         flows["zero_flow"] = np.zeros_like(sample.flow)
         for name, flow in flows.items():
             errors[name].append(epe(flow, sample.flow, sample.valid))

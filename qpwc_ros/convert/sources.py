@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from qpwc_core.errors import FormatError
+from qpwc_core.images import natural_order
 from qpwc_core.video import VideoReader
 from qpwc_ros.convert.messages import (
     Calibration,
@@ -91,18 +92,13 @@ def _video(path: Path, settings: Settings) -> Iterator[Item]:
 def _images(directory: Path, settings: Settings) -> Iterator[Item]:
     files = sorted(
         (p for p in directory.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")),
-        key=lambda path: _natural(path.name),
+        key=lambda path: natural_order(path.name),
     )
     if not files:
         raise FormatError(f"{directory}: has no images, and is no TUM, EuRoC or KITTI sequence")
     rate = settings.rate or DEFAULT_RATE
     stamped = ((START_NS + round(n * NS / rate), path) for n, path in enumerate(files))
     yield from _camera("/camera", stamped, None, settings)
-
-
-def _natural(name: str) -> list:
-    """Sorts frame10 behind frame9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _assumed(settings: Settings, size: tuple[int, int]) -> Calibration:

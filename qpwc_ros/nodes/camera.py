@@ -6,31 +6,26 @@ waiting.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 import time
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
-from std_srvs.srv import Trigger
 
-from qpwc_ros import diagnostics
 from qpwc_ros.calibration_file import CalibrationError, read_calibration
 from qpwc_ros.camera_info import described_size, for_size
 from qpwc_ros.codec import fill_compressed, fill_image
 from qpwc_ros.frames import one_line
-from qpwc_ros.nodes.running import guarded, run
+from qpwc_ros.nodes.reporting import Reporting
+from qpwc_ros.nodes.running import run
 from qpwc_ros.parameters import ParameterError, ParameterSpec, declare
 from qpwc_ros.sources import Source, SourceError, open_source
-from qpwc_ros.statistics import Statistics
 
 PARAMETERS = (
     ParameterSpec(
@@ -66,9 +61,6 @@ PARAMETERS = (
     ),
 )
 
-DIAGNOSTICS_PERIOD = 1.0
-#: The same kind of problem is logged at most this often (seconds).
-LOG_PERIOD = 10.0
 #: Images per second of a source that does not know its own rate.
 UNKNOWN_RATE = 30.0
 #: Seconds between looks at who listens.
@@ -77,31 +69,27 @@ POLL_PERIOD = 0.1
 EXIT_TIMEOUT = 1.0
 
 
-class CameraNode(Node):
+class CameraNode(Reporting, Node):
     """The node. See docs/ros.md for its topics and parameters.
 
     Raises:
         ParameterError: a parameter given at start is impossible.
     """
 
+    KIND = "image source"
+
     def __init__(self, node_name: str = "camera", **options: Any):
         super().__init__(node_name, **options)
         for spec in PARAMETERS:
             declare(self, spec)
         self._calibration = self._read_calibration()
-        self.statistics = Statistics()
         self.state = "starting"
         self._failure = ""
         self._size = ""
-        self._last_logged: dict[str, float] = {}
         self._image = self._advertise(Image, "image")
         self._compressed = self._advertise(CompressedImage, "image/compressed")
         self._info = self._advertise(CameraInfo, "camera_info")
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self.create_service(Trigger, "~/dump_diagnostics", self._dump_diagnostics)
-        # Not the node's clock: with use_sim_time it stands still until somebody publishes /clock.
-        steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self.create_timer(DIAGNOSTICS_PERIOD, self._publish_diagnostics, clock=steady)
+        self._start_diagnostics()
         self._stopping = threading.Event()
         # Daemon: a hung driver must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="qpwc-camera", daemon=True)
@@ -112,16 +100,6 @@ class CameraNode(Node):
         self._stopping.set()
         self._thread.join(EXIT_TIMEOUT)
         return not self._thread.is_alive()
-
-    def report(self, problem: str, text: str) -> None:
-        """Count a problem, and log it unless one of its kind was logged just now."""
-        if not self.context.ok():
-            return
-        count = self.statistics.count(problem)
-        now = time.monotonic()
-        if now - self._last_logged.get(problem, -LOG_PERIOD) >= LOG_PERIOD:
-            self._last_logged[problem] = now
-            self.get_logger().warning(f"{text} ({problem} so far: {count})")
 
     def _parameter(self, name: str) -> Any:
         return self.get_parameter(name).value
@@ -262,25 +240,8 @@ class CameraNode(Node):
             values[name] = str(counts[name])
         return values
 
-    @guarded
-    def _publish_diagnostics(self) -> None:
-        name = f"{self.get_fully_qualified_name().lstrip('/')}: image source"
-        level, message = self._health()
-        status = diagnostics.status(
-            name, self._parameter("source"), level, message, self._diagnostic_values()
-        )
-        array = DiagnosticArray(status=[status])
-        array.header.stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(array)
-
-    def _dump_diagnostics(self, request: Any, response: Any) -> Any:
-        try:
-            level, message = self._health()
-            values = {"level": level, "message": message, **self._diagnostic_values()}
-            response.success, response.message = True, json.dumps(values)
-        except Exception as error:
-            response.success, response.message = False, one_line(error)
-        return response
+    def _hardware_id(self) -> str:
+        return self._parameter("source")
 
 
 def main(args: list[str] | None = None) -> int:

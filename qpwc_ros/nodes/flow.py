@@ -11,31 +11,27 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
-from std_srvs.srv import Trigger
 
 from qpwc_ros import diagnostics
 from qpwc_ros.codec import MAX_PIXELS
 from qpwc_ros.frames import one_line
+from qpwc_ros.nodes.reporting import Reporting
 from qpwc_ros.nodes.running import guarded, run
 from qpwc_ros.parameters import ParameterSpec, declare
 from qpwc_ros.pipeline import Arrival, Pipeline
 from qpwc_ros.plugins import registry
 from qpwc_ros.plugins.base import Estimator, Output
 from qpwc_ros.plugins.builtin import ESTIMATORS, OUTPUTS
-from qpwc_ros.statistics import Statistics
 from qpwc_ros.worker import LatestWorker
 
 #: The options every estimator gets; with them, its own parameters.
@@ -85,9 +81,7 @@ PARAMETERS = (
 
 #: Seconds between looks at who listens.
 POLL_PERIOD = 0.1
-DIAGNOSTICS_PERIOD = 1.0
-#: The same kind of problem is logged at most this often (seconds), and colours diagnostics this long.
-LOG_PERIOD = 10.0
+#: A problem colours diagnostics this long (seconds).
 WARN_PERIOD = 5.0
 #: Seconds without an image, while somebody listens, until diagnostics warn.
 SILENCE = 2.0
@@ -96,7 +90,7 @@ STOP_TIMEOUT = 30.0
 EXIT_TIMEOUT = 1.0
 
 
-class FlowNode(LifecycleNode):
+class FlowNode(Reporting, LifecycleNode):
     """The node. See docs/ros.md for its topics, parameters and services.
 
     Args:
@@ -107,17 +101,17 @@ class FlowNode(LifecycleNode):
         ParameterError: a parameter given at start is impossible.
     """
 
+    KIND = "optical flow"
+
     def __init__(self, node_name: str = "flow", **options: Any):
         super().__init__(node_name, **options)
         self.state = "unconfigured"
-        self.statistics = Statistics()
         self._pipeline = Pipeline(self.statistics, self.report, self._parameter)
         self._worker = LatestWorker(self._work, "qpwc-worker")
         self._loaded: tuple[str, dict[str, Any]] | None = None
         self._tried: tuple[str, dict[str, Any]] | None = None
         self._failure = ""
         self._last_problem = ("", 0.0)
-        self._last_logged: dict[str, float] = {}
         self._last_image = 0.0
         self._camera: tuple[str, Any] | None = None
         self._camera_info_subscription: Any = None
@@ -127,12 +121,8 @@ class FlowNode(LifecycleNode):
         self._specs = self._declare_parameters()
         self.add_on_set_parameters_callback(self._check_parameters)
 
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self.create_service(Trigger, "~/dump_diagnostics", self._dump_diagnostics)
-        # Not the node's clock: with use_sim_time it stands still until somebody publishes /clock.
-        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self._start_diagnostics()
         self.create_timer(POLL_PERIOD, self._follow_listeners, clock=self._steady)
-        self.create_timer(DIAGNOSTICS_PERIOD, self._publish_diagnostics, clock=self._steady)
         if self._parameter("autostart"):
             self._autostart_timer = self.create_timer(0.0, self._autostart, clock=self._steady)
 
@@ -450,15 +440,10 @@ class FlowNode(LifecycleNode):
     # Diagnostics
 
     def report(self, problem: str, text: str) -> None:
-        """Count a problem, show it in diagnostics, and log it unless one of its kind was logged just now."""
-        if not self.context.ok():
-            return  # everything fails while the process ends
-        count = self.statistics.count(problem)
-        now = time.monotonic()
-        self._last_problem = text, now
-        if now - self._last_logged.get(problem, -LOG_PERIOD) >= LOG_PERIOD:
-            self._last_logged[problem] = now
-            self.get_logger().warning(f"{text} ({problem} so far: {count})")
+        """Also shows it in diagnostics for a while."""
+        if self.context.ok():
+            self._last_problem = text, time.monotonic()
+            super().report(problem, text)
 
     def _health(self) -> tuple[str, str]:
         if self._failure:
@@ -496,24 +481,8 @@ class FlowNode(LifecycleNode):
         values.update(diagnostics.figures(self.statistics))
         return values
 
-    @guarded
-    def _publish_diagnostics(self) -> None:
-        level, message = self._health()
-        name = f"{self.get_fully_qualified_name().lstrip('/')}: optical flow"
-        hardware_id = self.resolve_topic_name("image")
-        message = diagnostics.status(name, hardware_id, level, message, self._diagnostic_values())
-        array = DiagnosticArray(status=[message])
-        array.header.stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(array)
-
-    def _dump_diagnostics(self, request: Any, response: Any) -> Any:
-        try:
-            level, message = self._health()
-            values = {"level": level, "message": message, **self._diagnostic_values()}
-            response.success, response.message = True, json.dumps(values)
-        except Exception as error:
-            response.success, response.message = False, one_line(error)
-        return response
+    def _hardware_id(self) -> str:
+        return self.resolve_topic_name("image")
 
 
 class _Absent(Output):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
+from qpwc_core.classical import farneback
 from qpwc_core.errors import QpwcError, UsageError
 from qpwc_core.machine import available_cores
 from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISIONS, default_model
@@ -32,7 +33,7 @@ class Estimator(Protocol):
 
 
 class Farneback:
-    """OpenCV's dense flow by polynomial expansion (Farnebäck, SCIA 2003), with OpenCV's usual settings."""
+    """`qpwc_core.classical.farneback` in the shape of an estimator."""
 
     def __init__(self, threads: int) -> None:
         cv2.setNumThreads(threads or -1)
@@ -43,18 +44,7 @@ class Farneback:
 
     def match(self, prev: np.ndarray, next: np.ndarray) -> np.ndarray:
         """Flow float32 (H,W,2), pixels."""
-        return cv2.calcOpticalFlowFarneback(
-            prev,
-            next,
-            None,
-            pyr_scale=0.5,
-            levels=5,
-            winsize=15,
-            iterations=3,
-            poly_n=5,
-            poly_sigma=1.2,
-            flags=0,
-        )
+        return farneback(prev, next)
 
     def describe(self) -> dict[str, str]:
         """What the report shall say about it."""
