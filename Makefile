@@ -1,5 +1,6 @@
 # make demo    the bundled bag through the node, over DDS: out/demo/
 # make test    every test, in an environment of its own
+# make docs    the documentation as a site: out/site/
 # make lint    ruff
 # make clean   remove what these made
 #
@@ -26,19 +27,19 @@ ifeq ($(SYSTEM_ROS),yes)
     TEST_REQUIREMENTS := build system-ros system-ros-test
   else
     DEMO_REQUIREMENTS := build runtime replay
-    TEST_REQUIREMENTS := build runtime replay train test
+    TEST_REQUIREMENTS := build runtime replay train test docs
   endif
   ENV :=
 else
   VENV_OPTIONS :=
   DEMO_REQUIREMENTS := build runtime ros replay
-  TEST_REQUIREMENTS := build runtime ros replay train test
+  TEST_REQUIREMENTS := build runtime ros replay train test docs
   # The wheels set up LD_LIBRARY_PATH for one environment and mark that as done; here it is another one's turn.
   ENV := env -u PYTHONPATH -u PYTHONHOME -u AMENT_PREFIX_PATH -u _ROS_WHEELS_BOOTSTRAP_COMPLETE \
     $(if $(_ROS_WHEELS_BOOTSTRAP_COMPLETE),-u LD_LIBRARY_PATH)
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs lint clean
 
 demo: .venv/installed
 	@$(ENV) .venv/bin/qpwc replay $(DEMO_BAG) --live --report $(DEMO_OUT) $(DEMO_OPTIONS)
@@ -46,11 +47,15 @@ demo: .venv/installed
 test: .venv-test/installed
 	@$(ENV) TF_USE_LEGACY_KERAS=1 .venv-test/bin/python -m pytest $(TEST_OPTIONS)
 
+docs: .venv-docs/ready
+	@$(ENV) NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	@echo out/site/index.html
+
 lint: .venv-test/installed
 	@$(ENV) .venv-test/bin/ruff check .
 
 clean:
-	rm -rf .venv .venv-test out build .pytest_cache .ruff_cache qpwc_ros.egg-info
+	rm -rf .venv .venv-test .venv-docs out build .pytest_cache .ruff_cache qpwc_ros.egg-info
 
 # The package itself is installed anew when a file of it is newer; the rest of an environment when a pin is.
 SOURCES := setup.py setup.cfg package.xml \
@@ -61,6 +66,10 @@ SOURCES := setup.py setup.cfg package.xml \
 
 .venv-test/ready: $(TEST_REQUIREMENTS:%=requirements/%.txt)
 	$(call environment,.venv-test,$(TEST_REQUIREMENTS))
+
+# Of its own, since nothing but the site needs it, and the site nothing else.
+.venv-docs/ready: requirements/docs.txt
+	$(call environment,.venv-docs,docs)
 
 .venv/installed .venv-test/installed: %/installed: %/ready $(SOURCES)
 	$(call install,$*)

@@ -65,10 +65,11 @@ def main() -> int:
         client.close()
 
     latency = [1000 * (arrived[stamp] - moment) for stamp, moment in zip(stamps, sent) if stamp in arrived]
-    received, pairs, dropped = (int(values[name]) for name in ("received", "pairs", "dropped"))
+    received, lost, pairs, dropped = (int(values[key]) for key in ("received", "lost", "pairs", "dropped"))
     what = f"{values['model']} {values['precision']}, {values['threads']} threads"
     print(f"{options.size} at {options.rate:g}/s, {what}")
-    print(f"images {options.count}, received {received}, dropped {dropped}, pairs {pairs}, flows {len(flow)}")
+    where = f"lost {lost}, received {received}, dropped {dropped}, pairs {pairs}, flows {len(flow)}"
+    print(f"images {options.count}, {where}")
     for percent in (50, 95, 99):
         value = percentile(latency, percent)
         took = "none" if value is None else f"{value:.1f} ms"
@@ -76,7 +77,7 @@ def main() -> int:
             f"{stage} {values[f'{stage}_p{percent}_ms']}" for stage in ("wait", "decode", "infer", "publish")
         )
         print(f"p{percent}: {took} from publish to flow; in the node: {stages}")
-    unaccounted = received - 1 - pairs - dropped
+    unaccounted = options.count - lost - 1 - pairs - dropped
     if unaccounted or len(flow) != pairs:
         print(f"{unaccounted} images and {pairs - len(flow)} flows are not accounted for", file=sys.stderr)
         return 1

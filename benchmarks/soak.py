@@ -4,8 +4,8 @@
     python benchmarks/soak.py --minutes 10
 
 Publishes 320×240 images at 15 Hz and prints a line a minute. Fails when resident memory after the first
-tenth of the time grows by more than --limit MB, when the longest pause between two diagnostics exceeds 3 s,
-or when an image is not accounted for. Needs Linux: memory and processor time are read from /proc.
+tenth of the time grows by more than --limit MB, when a diagnostic message is lost or the longest pause between
+two exceeds 3 s, or when an image is not accounted for. Needs Linux: memory and processor time are read from /proc.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
 from diagnostic_msgs.msg import DiagnosticArray
-from ros_harness import SECOND, Client, MovingTexture, NodeProcess, image, wait_until
+from ros_harness import RELIABLE, SECOND, Client, MovingTexture, NodeProcess, image, wait_until
 from sensor_msgs.msg import Image
 
-#: Diagnostics come once a second; what is over this was lost.
+from qpwc_ros.sequence import SequenceGaps, with_info
+
+#: Seconds; diagnostics come once a second.
 LONGEST_PAUSE = 3.0
 
 
@@ -56,6 +59,13 @@ def main() -> int:
 
     client = Client()
     moments: list[float] = []
+    gaps, unseen = SequenceGaps(), 0
+
+    def take_diagnostics(msg: DiagnosticArray, info: Any) -> None:
+        nonlocal unseen
+        moments.append(time.monotonic())
+        unseen += gaps.missed(info) or 0
+
     memory: list[tuple[float, float]] = []
     try:
         with (
@@ -65,8 +75,9 @@ def main() -> int:
             client.publisher("/image", Image)
             # Only counted: an hour of kept messages would be this process's memory, not the node's.
             client.listen("/flow/flow", Image, keep=False)
-            client.listen(
-                "/diagnostics", DiagnosticArray, keep=False, when=lambda msg: moments.append(time.monotonic())
+            client.ignore("/diagnostics")
+            client.node.create_subscription(
+                DiagnosticArray, "/diagnostics", with_info(take_diagnostics), RELIABLE
             )
             client.await_node()
             client.await_ready("/image", "flow")
@@ -98,13 +109,14 @@ def main() -> int:
     warm = [mb for moment, mb in memory if moment >= warm_up]
     growth = max(warm) - warm[0]
     pause = max((b - a for a, b in itertools.pairwise(moments)), default=float("inf"))
-    received, pairs, dropped = (int(values[name]) for name in ("received", "pairs", "dropped"))
+    received, lost, pairs, dropped = (int(values[key]) for key in ("received", "lost", "pairs", "dropped"))
     print(f"memory after warm-up {warm[0]:.1f} MB, growth {growth:.1f} MB (limit {options.limit:g})")
     longest = f"longest pause {pause:.1f} s (limit {LONGEST_PAUSE:g})"
-    print(f"{len(moments)} diagnostics in {seconds:.0f} s, {longest}")
-    print(f"processor {load:.0f} %; images {number}, received {received}, pairs {pairs}, dropped {dropped}")
-    unaccounted = received - 1 - pairs - dropped
-    return int(growth > options.limit or pause > LONGEST_PAUSE or unaccounted != 0)
+    print(f"{len(moments)} diagnostics in {seconds:.0f} s, lost {unseen}, {longest}")
+    where = f"lost {lost}, received {received}, dropped {dropped}, pairs {pairs}"
+    print(f"processor {load:.0f} %; images {number}, {where}")
+    unaccounted = number - lost - 1 - pairs - dropped
+    return int(growth > options.limit or unseen > 0 or pause > LONGEST_PAUSE or unaccounted != 0)
 
 
 if __name__ == "__main__":

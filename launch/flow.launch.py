@@ -32,7 +32,7 @@ ARGUMENTS = {
     "params_file": (str(share_file("config/flow.yaml")), "YAML file with parameters."),
     "log_level": ("info", "debug, info, warn, error or fatal."),
     "model": ("", "Bundled model by name, or path of a .tflite file."),
-    "precision": ("", "int8 or float32."),
+    "precision": ("", "int8, float32 or auto."),
     "estimator": ("", "tflite or dis."),
     "threads": ("", "Threads of the estimator; 0: as many as suit it."),
     "autostart": ("", "true: go to active without being told."),

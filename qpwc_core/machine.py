@@ -39,6 +39,19 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
+def processor_features() -> frozenset[str]:
+    """Instruction-set extensions as /proc/cpuinfo names them; empty where it cannot be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):  # x86, ARM
+            return frozenset(value.split())
+    return frozenset()
+
+
 def _processor() -> str:
     """The processor's model as /proc/cpuinfo or the board's device tree has it."""
     for file, key in (

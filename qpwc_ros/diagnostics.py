@@ -19,8 +19,8 @@ def figures(statistics: Statistics) -> dict[str, str]:
     `rate` is in pairs per second. `<stage>_p50_ms` and so on cover the last 300 pairs: `wait` until the
     worker took the image, `decode`, `infer` (the estimator), `publish` (everything else per pair), and
     `latency` from the arrival of the image until all of its outputs were published.
-    `dropped` counts images pushed out by a newer one because the estimator was busy, `lost` those the
-    middleware reported as never delivered, `passed_over` those that frame_step or min_interval left out.
+    `dropped` counts images pushed out by a newer one because the estimator was busy, `lost` those that were
+    published but never reached the node, `passed_over` those that frame_step or min_interval left out.
     """
     counts = statistics.counts()
     out = {"rate": f"{statistics.rate():.2f}"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,10 @@ from qpwc_ros.plugins.base import Estimator
 
 class EstimatorFailure(Exception):
     """The estimator raised, or returned something that is no flow; the text is one line."""
+
+
+class Abandoned(Exception):
+    """Nobody waits for the result any more: the node was told to stop while it was computed."""
 
 
 class Verdict(enum.Enum):
@@ -98,13 +103,23 @@ class FramePair:
         prev, next: the frames; prev is the earlier one.
         camera_info: the camera's sensor_msgs/CameraInfo for images of this size, or None.
         infer_seconds: time spent in the estimator so far.
+        awaited: tells whether anybody still waits for the results; asked after each inference, which raises
+            `Abandoned` if not.
     """
 
-    def __init__(self, prev: Frame, next: Frame, estimator: Estimator, camera_info: Any = None):
+    def __init__(
+        self,
+        prev: Frame,
+        next: Frame,
+        estimator: Estimator,
+        camera_info: Any = None,
+        awaited: Callable[[], bool] = lambda: True,
+    ):
         self.prev = prev
         self.next = next
         self.camera_info = camera_info
         self.infer_seconds = 0.0
+        self.awaited = awaited
         self._estimator = estimator
 
     @property
@@ -137,6 +152,8 @@ class FramePair:
             raise EstimatorFailure(one_line(error)) from error
         finally:
             self.infer_seconds += time.monotonic() - start
+        if not self.awaited():
+            raise Abandoned
         expected = (*first.rgb.shape[:2], 2)
         if not isinstance(flow, np.ndarray) or flow.shape != expected or flow.dtype != np.float32:
             what = f"{flow.dtype} {flow.shape}" if isinstance(flow, np.ndarray) else type(flow).__name__

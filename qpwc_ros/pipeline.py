@@ -9,7 +9,7 @@ from typing import Any
 
 from qpwc_ros.camera_info import described_size, for_size
 from qpwc_ros.codec import ImageError, decode_compressed, decode_image
-from qpwc_ros.frames import EstimatorFailure, Frame, FramePair, PairingRule, Verdict, one_line
+from qpwc_ros.frames import Abandoned, EstimatorFailure, Frame, FramePair, PairingRule, Verdict, one_line
 from qpwc_ros.plugins.base import Estimator, Output
 from qpwc_ros.rectification import RectificationError, Rectifier, calibration_key
 from qpwc_ros.statistics import Statistics
@@ -70,10 +70,13 @@ class Pipeline:
         self._report = report
         self._parameter = parameter
         self._prev: Frame | None = None
+        #: Another object after each `forget`: what began before is not published.
+        self._series = object()
         self._rectifier: tuple[Any, Rectifier] | None = None
 
     def forget(self) -> None:
-        """Drop the previous frame, and the features it holds."""
+        """Drop the previous frame and the features it holds, and let nothing come of what is being computed."""
+        self._series = object()
         self._prev = None
 
     def enabled_outputs(self) -> Iterable[tuple[str, Output]]:
@@ -112,7 +115,7 @@ class Pipeline:
             self.statistics.count("processed")
 
     def _process(self, arrival: Arrival) -> None:
-        start = time.monotonic()
+        start, series = time.monotonic(), self._series
         self.statistics.time("wait", start - arrival.received)
         try:
             stamp = _stamp_of(arrival.msg)
@@ -134,6 +137,8 @@ class Pipeline:
         decoded = time.monotonic()
         self.statistics.time("decode", decoded - start)
         self.source = f"{frame.rgb.shape[1]}x{frame.rgb.shape[0]} {frame.encoding}"
+        if series is not self._series:
+            return
         # Whatever becomes of this pair, the next one begins here.
         self._prev = frame
         if verdict is Verdict.BACKWARD:
@@ -148,16 +153,24 @@ class Pipeline:
             text = f"{what}: starting anew"
             self._report("source_changes", text)
         elif verdict is Verdict.PAIR:
-            self._publish(prev, frame, arrival, decoded)
+            info = self._camera_info_for(frame)
+            # Looked up once: a cleanup may take it away meanwhile.
+            estimator = self.estimator
+            if estimator is not None:
+                pair = FramePair(prev, frame, estimator, info, lambda: series is self._series)
+                self._publish(pair, arrival, decoded)
 
-    def _publish(self, prev: Frame, frame: Frame, arrival: Arrival, decoded: float) -> None:
+    def _publish(self, pair: FramePair, arrival: Arrival, decoded: float) -> None:
         wanted = self.wanted_outputs()
-        if not wanted or self.estimator is None:
+        if not wanted:
             return
-        pair = FramePair(prev, frame, self.estimator, self._camera_info_for(frame))
         for name, output in wanted:
+            if not pair.awaited():
+                return
             try:
                 output.publish(pair)
+            except Abandoned:
+                return
             except EstimatorFailure as error:
                 self._report("estimator_failures", str(error))
                 return

@@ -23,16 +23,25 @@ class LatestWorker:
         self._name = name
         self._condition = threading.Condition()
         self._item: Any = None
-        self._stopping = False
+        self._running = False
+        #: Counts starts and stops: a thread whose turn has passed ends.
+        self._turn = 0
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread. Starting twice is an error."""
-        if self._thread is not None:
+        """Start the thread. It first waits for one that `stop` could not wait for.
+
+        Raises:
+            RuntimeError: it is started already.
+        """
+        if self._running:
             raise RuntimeError("already started")
-        self._stopping = False
+        self._running = True
+        self._turn += 1
         # Daemon: a hung driver must not keep the process from ending.
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(self._turn, self._thread), name=self._name, daemon=True
+        )
         self._thread.start()
 
     def offer(self, item: Any) -> bool:
@@ -40,33 +49,42 @@ class LatestWorker:
         with self._condition:
             replaced = self._item is not None
             self._item = item
-            self._condition.notify()
+            self._condition.notify_all()
         return replaced
+
+    def discard(self) -> bool:
+        """Forget what waits; returns whether something did."""
+        with self._condition:
+            waited, self._item = self._item is not None, None
+        return waited
 
     def stop(self, timeout: float | None = None) -> bool:
         """Forget what waits, let the current item finish, end the thread.
 
         Returns False if the item was not finished within `timeout` seconds; the thread then ends after it.
         """
+        with self._condition:
+            self._running = False
+            self._turn += 1
+            self._item = None
+            self._condition.notify_all()
         thread = self._thread
         if thread is None:
             return True
-        with self._condition:
-            self._stopping = True
-            self._item = None
-            self._condition.notify()
         thread.join(timeout)
         if thread.is_alive():
             return False
         self._thread = None
         return True
 
-    def _run(self) -> None:
+    def _run(self, turn: int, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()  # one item at a time, always
         while True:
             with self._condition:
-                while self._item is None and not self._stopping:
+                while self._item is None and self._turn == turn:
                     self._condition.wait()
-                if self._stopping:
+                if self._turn != turn:
                     return
                 item, self._item = self._item, None
             self._work(item)

@@ -3,7 +3,8 @@
     python requirements/lock.py python3.10 python3.11 python3.12 python3.13
 
 Each interpreter given resolves each of SETS for itself (`pip install --dry-run`, nothing is installed). A
-package goes into the first group of a set that needs it. Where interpreters disagree, the line carries an
+package goes into the first group of a set that needs it. A set that is installed by itself as well as beside
+an earlier one keeps to that one's versions (CONSTRAINED). Where interpreters disagree, the line carries an
 environment marker. Edit *.in, run this, commit both.
 """
 
@@ -20,7 +21,10 @@ from pathlib import Path
 SETS = (
     (("build", "runtime", "ros", "replay", "train", "test"), "3.13"),
     (("build", "system-ros", "system-ros-test"), "3.12"),
+    (("docs",), "3.13"),
 )
+# Sets, by their last group, that keep to the versions locked for these groups.
+CONSTRAINED = {"docs": ("build", "runtime", "ros", "replay", "train", "test")}
 HERE = Path(__file__).parent
 
 
@@ -59,6 +63,8 @@ def resolve(interpreter: str, groups: tuple[str, ...]) -> dict[str, tuple[str, s
         environment, report = Path(directory) / "venv", Path(directory) / "report.json"
         subprocess.run([interpreter, "-m", "venv", str(environment)], check=True)
         files = [argument for group in groups for argument in ("-r", str(HERE / f"{group}.in"))]
+        for group in CONSTRAINED.get(groups[-1], ()):
+            files += ["-c", str(HERE / f"{group}.txt")]
         command = ["install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report), *files]
         subprocess.run([str(environment / "bin" / "python"), "-m", "pip", *command], check=True)
         found = {}

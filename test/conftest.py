@@ -1,6 +1,13 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from qpwc_core import FlowEstimator
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +24,15 @@ def client():
     client = Client()
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def example_plugin(tmp_path_factory):
+    """Environment variables with which a node finds the package of test/example_plugin installed."""
+    pytest.importorskip("setuptools", reason="building the example package needs setuptools")
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    # A copy: building leaves files in the source folder.
+    subprocess.run(["cp", "-r", str(ROOT / "test" / "example_plugin"), str(source)], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(source / "example_plugin")], check=True)
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), str(target)])}

@@ -22,6 +22,7 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import DescribeParameters, GetParameters, SetParameters
 from rclpy.context import Context
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
@@ -118,7 +119,8 @@ def flow_error(msg: Image, scene: MovingTexture, frames: int = 1) -> float:
 class NodeProcess:
     """A node of this package as a child process; its log is in `log`.
 
-    Node `flow` gets the estimator dis unless told otherwise: tests of the node need no network.
+    Node `flow` gets the estimator dis unless told otherwise: tests of the node need no network. With `program`
+    it is that file which is run, with the node's arguments. `log_file` is where its output goes.
     """
 
     def __init__(
@@ -126,13 +128,16 @@ class NodeProcess:
         folder: Path,
         *arguments: str,
         node: str = "flow",
+        program: Path | None = None,
+        log_file: Path | None = None,
         env: dict[str, str] | None = None,
         **parameters: Any,
     ):
-        self.log_file = folder / f"{node}.log"
+        self.log_file = log_file or folder / f"{node}.log"
         if node == "flow":
             parameters = {"estimator": "dis", "dis_preset": "fast", **parameters}
-        command = [sys.executable, "-m", f"qpwc_ros.nodes.{node}", "--ros-args", *arguments]
+        what = ["-m", f"qpwc_ros.nodes.{node}"] if program is None else [str(program)]
+        command = [sys.executable, *what, "--ros-args", *arguments]
         for name, value in parameters.items():
             command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -144,7 +149,7 @@ class NodeProcess:
 
     @property
     def log(self) -> str:
-        return self.log_file.read_text()
+        return self.log_file.read_text() if self.log_file.is_file() else ""
 
     def end(self, how: int = signal.SIGINT) -> tuple[int, float]:
         """Signal it; returns exit code and the seconds it took."""
@@ -174,11 +179,11 @@ class NodeProcess:
 
 
 class Client:
-    """A ROS node of the test's own, spinning in a thread."""
+    """A ROS node of the test's own, spinning in a thread; `arguments` as on a command line."""
 
-    def __init__(self) -> None:
+    def __init__(self, *arguments: str) -> None:
         self.context = Context()
-        rclpy.init(context=self.context, domain_id=DOMAIN)
+        rclpy.init(args=["--ros-args", *arguments], context=self.context, domain_id=DOMAIN)
         self.node = rclpy.create_node("test_client", context=self.context)
         self.received: dict[str, list[Any]] = {}
         self._subscriptions: dict[str, Any] = {}
@@ -190,10 +195,13 @@ class Client:
         self.listen("/diagnostics", DiagnosticArray)
 
     def _spin(self) -> None:
-        try:
-            self._executor.spin()
-        except ExternalShutdownException:
-            pass
+        while True:
+            try:
+                return self._executor.spin()
+            except ExternalShutdownException:
+                return None
+            except rclpy_implementation.InvalidHandle:
+                continue  # rclpy stumbled over what a test has just destroyed in its own thread
 
     def close(self) -> None:
         self._executor.shutdown()

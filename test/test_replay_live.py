@@ -177,3 +177,63 @@ def test_results_bag_has_the_outputs_under_their_names(tmp_path, confidence):
     }
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["summary"]["means"]["consistency"] is not None) == confidence
+
+
+def test_the_clock_is_the_recordings_and_the_node_can_go_by_it(tmp_path, monkeypatch):
+    import rclpy
+    from diagnostic_msgs.msg import DiagnosticArray
+    from rclpy.executors import SingleThreadedExecutor
+    from rosgraph_msgs.msg import Clock
+
+    # 6 s of recording in 3 s.
+    stamps = write_bag(tmp_path / "bag", moving_frames(31, DX, DY), rate=5)
+    settings = environment()
+    for name in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE"):
+        monkeypatch.setenv(name, settings.setdefault(name, "LOCALHOST"))
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    node = rclpy.create_node("listener", context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    clock: list[tuple[float, float]] = []  # our seconds, the recording's
+    diagnostics: list[float] = []
+
+    def seconds(time_message) -> float:
+        return time_message.sec + time_message.nanosec * 1e-9
+
+    def listen(message) -> None:
+        diagnostics.append(seconds(message.header.stamp))
+
+    node.create_subscription(
+        Clock, "/clock", lambda m: clock.append((time.monotonic(), seconds(m.clock))), 100
+    )
+    node.create_subscription(DiagnosticArray, "/diagnostics", listen, 10)
+    arguments = ["--estimator", "dis", "--rate", 2, "--use-sim-time", "--report", tmp_path / "out"]
+    process = subprocess.Popen(
+        program(tmp_path / "bag", *arguments), env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            executor.spin_once(timeout_sec=0.1)
+        _, errors = process.communicate(timeout=1)
+    finally:
+        process.kill()
+        executor.shutdown()
+        node.destroy_node()
+        context.try_shutdown()
+    assert process.returncode == 0, errors
+    begin = stamps[0] * 1e-9
+    recorded = [at for _, at in clock]
+    assert len(clock) > 30 and recorded == sorted(recorded)
+    assert recorded[0] == pytest.approx(begin, abs=0.5) and recorded[-1] > stamps[-1] * 1e-9
+    # Between the first and the last message both clocks tell the speed of playing.
+    (ours, theirs), (ours_end, theirs_end) = clock[0], clock[-1]
+    assert (theirs_end - theirs) / (ours_end - ours) == pytest.approx(2, rel=0.1)
+    # Before the first message the node's time is 0, and after it the recording's.
+    assert [at for at in diagnostics if at > 0] and all(
+        at == 0 or begin <= at < begin + 60 for at in diagnostics
+    )
+    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())["summary"]
+    assert summary["pairs_in"] == 15 and summary["flows_out"] >= 4
+    assert 14 * 0.2 < summary["seconds"] < 30 * 0.2

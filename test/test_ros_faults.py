@@ -1,8 +1,12 @@
-"""What happens around the node: listeners, clocks, calibrations and parameters that come, go and jump."""
+"""What happens around the node: listeners, cameras, clocks, calibrations, parameters that come, go and jump."""
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +14,17 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
-from ros_harness import SECOND, MovingTexture, NodeProcess, flow_error, image, stamp_of, wait_until
-from sensor_msgs.msg import CameraInfo, Image
+from ros_harness import (
+    DOMAIN,
+    SECOND,
+    MovingTexture,
+    NodeProcess,
+    flow_error,
+    image,
+    stamp_of,
+    wait_until,
+)
+from sensor_msgs.msg import CameraInfo, Image, TimeReference
 
 START = 1_700_000_000 * SECOND
 PERIOD = SECOND // 20
@@ -55,21 +68,77 @@ def series(client, scene, node):
     client.ignore("/flow/flow")
 
 
-def test_listeners_join_and_leave(client, series, node):
-    series()
-    for k in range(12):
-        topic = ("/flow/flow/color", "/flow/interpolated", "/flow/flow/confidence")[k % 3]
+@pytest.fixture
+def camera_at_work(client, scene, node):
+    """Publishes images all the time while the test goes on."""
+    publisher, stop = client._publishers["/image"], threading.Event()
+
+    def play():
+        for k in itertools.count():
+            publisher.publish(image(scene.rgb(k % 200), START + 5000 * SECOND + k * PERIOD))
+            if stop.wait(0.05):
+                return
+
+    thread = threading.Thread(target=play)
+    thread.start()
+
+    def finish():
+        stop.set()
+        thread.join()
+
+    yield finish
+    finish()
+
+
+def test_listeners_join_and_leave_200_times(client, series, camera_at_work, node):
+    before = int(client.dump()["pairs"])
+    topics = ("/flow/flow/color", "/flow/interpolated", "/flow/flow/confidence", "/flow/motion")
+    for k in range(200):
+        topic = topics[k % 4]
         messages = client.listen(topic, Image)
-        wait_until(
-            lambda: len(client.dump()["listened_outputs"].split(", ")) == 2, 30, f"{topic} listened to"
-        )
-        before = len(messages)
-        series()
-        wait_until(lambda: len(messages) > before, 30, topic)
+        # Most leave again as soon as they are connected, some only after they have been served.
+        if k % 20 < 4:
+            wait_until(lambda: messages, 30, f"{topic} served")
+        else:
+            subscription = client._subscriptions[topic]
+            wait_until(subscription.get_publisher_count, 30, f"{topic} connected")
         client.ignore(topic)
         del client.received[topic]
-        wait_until(lambda: client.dump()["listened_outputs"] == "flow", 30, f"{topic} left")
-    assert client.dump()["pairs"] == "13"
+    camera_at_work()
+    wait_until(lambda: client.dump()["listened_outputs"] == "flow", 30, "all have left")
+    wait_until(client.settled, 30, "every image worked on")
+    values = client.dump()
+    assert int(values["pairs"]) > before and values["disabled_outputs"] == ""
+    series(START + 9000 * SECOND)
+
+
+def test_a_camera_is_killed_and_comes_back(client, scene, series, node):
+    """Three times, each time without a goodbye in the middle of its stream."""
+    intervals = client.listen("/flow/flow/interval", TimeReference)
+    wait_until(lambda: "interval" in client.dump()["listened_outputs"], 30, "interval listened to")
+    flow = client.received["/flow/flow"]
+    program = str(Path(__file__).with_name("killable_camera.py"))
+    for life in range(3):
+        flow.clear()
+        intervals.clear()
+        first = START + 20_000 * SECOND + life * 1000 * SECOND
+        camera = subprocess.Popen([sys.executable, program, str(DOMAIN), str(first), str(PERIOD)])
+        try:
+            wait_until(lambda: min(len(flow), len(intervals)) >= 5, 30, "flows from this camera")
+        finally:
+            camera.kill()
+            camera.wait()
+        wait_until(client.settled, 30, "every image worked on")
+        # All flows are between this life's own images, and right.
+        previous = {stamp_of(msg): msg.time_ref.sec * SECOND + msg.time_ref.nanosec for msg in intervals}
+        for msg in list(flow):
+            if stamp_of(msg) in previous:
+                assert previous[stamp_of(msg)] >= first
+                frames = (stamp_of(msg) - previous[stamp_of(msg)]) // PERIOD
+                assert frames > 3 or flow_error(msg, scene, frames) < 0.5
+    client.ignore("/flow/flow/interval")
+    del client.received["/flow/flow/interval"]
+    series(START + 30_000 * SECOND)
 
 
 def test_simulated_time_jumps(client, series, node):
@@ -150,24 +219,34 @@ def test_parameters_set_all_the_time(client, series, node):
     series()
 
 
-def test_lifecycle_cycled_while_images_come(client, scene, series, node):
-    publisher = client._publishers["/image"]
-    stop = threading.Event()
-
-    def play():
-        k = 0
-        while not stop.wait(0.05):
-            k += 1
-            publisher.publish(image(scene.rgb(k % 8), START + 5000 * SECOND + k * PERIOD))
-
-    thread = threading.Thread(target=play)
-    thread.start()
-    try:
-        for _ in range(5):
-            assert client.change("deactivate") and client.change("cleanup")
-            assert client.change("configure") and client.change("activate")
-    finally:
-        stop.set()
-        thread.join()
+def test_lifecycle_cycled_50_times_while_images_come(client, series, camera_at_work, node):
+    for _ in range(50):
+        assert client.change("deactivate") and client.change("cleanup")
+        assert client.change("configure") and client.change("activate")
+    camera_at_work()
+    assert client.change("deactivate")
+    client.await_camera_subscription(count=0)
+    assert client.change("activate")
     client.await_ready("/image", "flow")
-    series(START + 9000 * SECOND)
+    values = client.dump()
+    assert values["state"] == "active" and values["disabled_outputs"] == ""
+    series(START + 40_000 * SECOND)
+
+
+def test_a_log_that_cannot_be_written(client, scene, tmp_path):
+    """The terminal's end or the file behind it is gone or full: every line of the log fails."""
+    client.publisher("/other/image", Image)
+    flow = client.listen("/other/flow/flow", Image)
+    with NodeProcess(tmp_path, "-r", "__ns:=/other", log_file=Path("/dev/full")) as node:
+        client.await_ready("/other/image", "flow", node="/other/flow")
+        good = [image(scene.rgb(k), START + k * PERIOD) for k in range(4)]
+        bad = image(scene.rgb(0), START + 4 * PERIOD, encoding="nonsense")
+        after = [image(scene.rgb(k), START + (k + 1) * PERIOD) for k in range(4, 6)]
+        client.play_in_step("/other/image", good, [flow], node="/other/flow")
+        client.deliver("/other/image", bad, *after, node="/other/flow")
+        wait_until(lambda: len(flow) == 5, 30, "the last flow")
+        assert flow_error(flow[-1], scene) < 0.3
+        assert client.dump("/other/flow")["malformed"] == "1"
+        assert node.end()[0] == 0
+    client.ignore("/other/flow/flow")
+    client.unpublish("/other/image")

@@ -343,7 +343,7 @@ def test_parameters_are_described_checked_and_followed(client, tmp_path):
 )
 def test_an_impossible_parameter_at_start_ends_with_one_line(tmp_path, values, reason):
     with NodeProcess(tmp_path, **values) as node:
-        assert node.process.wait(10) == 2
+        assert node.process.wait(60) == 2
         assert reason in node.log and len(node.log.splitlines()) == 1
 
 
@@ -355,8 +355,11 @@ def test_ends_on_a_signal_within_two_seconds_under_load(client, tmp_path, how):
     client.listen("/flow/interpolated", Image)
     with NodeProcess(tmp_path, dis_preset="medium") as node:
         client.await_ready("/image", "flow", "interpolated")
-        client.play("/image", frames(scene, 10), 50)
-        wait_until(lambda: flow, 30, "flow")
+        # As long as it takes: of a few images a busy machine may see only the last, which makes no pair.
+        numbers = itertools.count()
+        wait_until(
+            lambda: client.play("/image", frames(scene, 5, first=5 * next(numbers)), 50) and flow, 60, "flow"
+        )
         code, seconds = node.end(how)
         assert code == 0 and seconds < 2.0, node.log
         assert "Traceback" not in node.log

@@ -18,6 +18,7 @@ from qpwc_ros.plugins import registry
 from qpwc_ros.plugins.base import Estimator
 from qpwc_ros.plugins.builtin import ENTRY_POINTS, ESTIMATORS
 from qpwc_ros.plugins.estimators import DisEstimator
+from qpwc_ros.sequence import MOST_PUBLISHERS, SequenceGaps
 from qpwc_ros.share import share_file, use_large_shared_memory
 from qpwc_ros.statistics import Statistics, percentile
 from qpwc_ros.worker import LatestWorker
@@ -98,7 +99,7 @@ def test_an_estimator_that_returns_no_flow_fails_by_name(result, reason):
         _ = FramePair(frame(1), frame(2), estimator).flow
 
 
-def test_the_estimators_failure_is_not_the_outputs():
+def test_a_pair_that_fails_or_is_given_up_is_not_the_outputs_fault():
     reports = []
     values = {"min_interval": 0.0, "max_interval": 1.0, "frame_step": 1, "max_pixels": 10_000}
     values["rectify"] = False
@@ -123,15 +124,34 @@ def test_the_estimators_failure_is_not_the_outputs():
 
     pipeline.estimator, pipeline.outputs = Moody(), {"listener": Listener()}
     for k in range(4):
-        stamp = SimpleNamespace(sec=0, nanosec=100 + k)
-        rgb = np.full((40, 50, 3), 10 * k, np.uint8)
-        header = SimpleNamespace(stamp=stamp, frame_id="camera")
-        msg = SimpleNamespace(
-            header=header, height=40, width=50, step=150, encoding="rgb8", is_bigendian=0, data=rgb.tobytes()
-        )
-        pipeline.process(Arrival(msg, False, k, time.monotonic()))
+        pipeline.process(arrival(k))
     assert reports == [("estimator_failures", "RuntimeError: out of sorts")]
     assert seen == [10, 10] and not pipeline.disabled
+
+    # Told to stop while it computes: no output gets anything, nor is it a failure or the start of a series.
+    class Stopped(CountingEstimator):
+        def match(self, prev, next):
+            pipeline.forget()
+            return super().match(prev, next)
+
+    pipeline.estimator = Stopped()
+    pipeline.process(arrival(4))
+    assert pipeline.estimator.matched == 1 and len(reports) == 1 and not pipeline.disabled
+    pipeline.estimator = CountingEstimator()
+    pipeline.process(arrival(5))
+    assert seen == [10, 10]
+    pipeline.process(arrival(6))
+    assert seen == [10, 10, 10]
+
+
+def arrival(k):
+    """The k-th image of a camera: 40 rows, 50 columns, 10·k bright."""
+    header = SimpleNamespace(stamp=SimpleNamespace(sec=0, nanosec=100 + k), frame_id="camera")
+    data = bytes([10 * k]) * (40 * 50 * 3)
+    msg = SimpleNamespace(
+        header=header, height=40, width=50, step=150, encoding="rgb8", is_bigendian=0, data=data
+    )
+    return Arrival(msg, False, k, time.monotonic())
 
 
 def test_dis_measures_pixels_from_prev_to_next():
@@ -167,6 +187,80 @@ def test_worker_takes_the_newest_and_says_what_it_pushed_out():
     while len(done) < 2:
         time.sleep(0.001)
     assert worker.stop() and done == [1, 5]
+
+
+def test_worker_started_before_the_last_item_is_finished_waits_for_it():
+    began, go, at_work, done = threading.Event(), threading.Event(), [], []
+
+    def work(item):
+        at_work.append(item)
+        assert len(at_work) == 1, "two items at a time"
+        began.set()
+        go.wait(5)
+        done.append(at_work.pop())
+
+    worker = LatestWorker(work)
+    worker.start()
+    worker.offer(1)
+    assert began.wait(5) and worker.discard() is False
+    worker.offer(2)
+    assert worker.discard() is True and worker.stop(timeout=0.01) is False
+    worker.start()
+    worker.offer(3)
+    assert worker.stop(timeout=0.01) is False  # and 3 is forgotten
+    worker.start()
+    worker.offer(4)
+    time.sleep(0.05)
+    assert done == []
+    go.set()
+    while len(done) < 2:
+        time.sleep(0.001)
+    assert worker.stop(timeout=5) and done == [1, 4]
+
+
+def test_missing_messages_are_counted_for_each_publisher():
+    def info(publisher, number):
+        return {"publisher_gid": {"data": publisher}, "publication_sequence_number": number}
+
+    gaps = SequenceGaps()
+    assert [gaps.missed(info(b"a", n)) for n in (7, 8, 11, 12)] == [0, 0, 2, 0]
+    # Another camera, and one that was started anew, count for themselves.
+    assert [gaps.missed(info(p, n)) for p, n in ((b"b", 500), (b"a", 13), (b"b", 502))] == [0, 0, 1]
+    assert gaps.missed(info(b"a", 3)) == 0 and gaps.missed(info(b"a", 5)) == 1
+    # Older releases of ROS, and middlewares without numbers
+    for silent in ({}, {**info(b"a", 6), "publisher_gid": None}, info(b"a", None)):
+        assert gaps.missed(silent) is None
+    for k in range(MOST_PUBLISHERS):
+        gaps.missed(info(bytes([k]), 1))
+    assert gaps.missed(info(b"a", 100)) == 0  # forgotten long since
+
+
+def test_spinning_goes_on_through_exceptions_of_rclpy():
+    pytest.importorskip("rclpy", reason="ROS 2 is not installed")
+    from rclpy.impl.implementation_singleton import rclpy_implementation
+
+    from qpwc_ros.nodes.running import spin
+
+    stop, reports = threading.Event(), []
+    node = SimpleNamespace(
+        context=SimpleNamespace(ok=lambda: True), report=lambda *what: reports.append(what)
+    )
+    # A subscription that was just given up is nothing to speak of, anything else is.
+    raised = iter([rclpy_implementation.InvalidHandle("destroyed"), RuntimeError("out of\nsorts")])
+
+    class Executor:
+        def add_node(self, added):
+            assert added is node
+
+        def spin_once(self, timeout_sec):
+            error = next(raised, None)
+            if error is None:
+                stop.set()
+            else:
+                raise error
+
+    spin(node, Executor(), stop)
+    assert stop.is_set() and reports == [("internal_errors", "RuntimeError: out of sorts")]
 
 
 def test_percentile_is_the_nearest_rank():

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-
 import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed")
-pytest.importorskip("setuptools", reason="building the example package needs setuptools")
 
 from geometry_msgs.msg import Vector3Stamped
-from ros_harness import ROOT, SECOND, MovingTexture, NodeProcess, image, stamp_of, wait_until
+from ros_harness import SECOND, MovingTexture, NodeProcess, image, stamp_of, wait_until
 from sensor_msgs.msg import Image
 
 START = 1_700_000_000 * SECOND
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Environment in which the example package is installed."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    # A copy: building leaves files in the source folder.
-    copy = ["cp", "-r", str(ROOT / "test" / "example_plugin"), str(source)]
-    subprocess.run(copy, check=True)
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", str(target), str(source / "example_plugin")], check=True)
-    return {"PYTHONPATH": os.pathsep.join([str(ROOT), str(target)])}
-
-
-def test_foreign_output_works_and_a_faulty_one_is_disabled_alone(client, installed, tmp_path):
+def test_foreign_output_works_and_a_faulty_one_is_disabled_alone(client, example_plugin, tmp_path):
     scene = MovingTexture(dx=4, dy=-2)
     client.publisher("/image", Image)
     flow = client.listen("/flow/flow", Image)
     velocity = client.listen("/flow/mean_velocity", Vector3Stamped)
-    with NodeProcess(tmp_path, env=installed, mean_velocity_scale=0.5) as node:
+    with NodeProcess(tmp_path, env=example_plugin, mean_velocity_scale=0.5) as node:
         client.await_ready("/image", "flow", "mean_velocity", "faulty")
         assert client.describe("mean_velocity_scale").floating_point_range[0].to_value == 100.0
         frames = [image(scene.rgb(k), START + k * SECOND // 20) for k in range(8)]
@@ -63,30 +45,21 @@ def test_foreign_output_works_and_a_faulty_one_is_disabled_alone(client, install
     client.ignore("/flow/mean_velocity")
 
 
-def test_with_an_estimator_slower_than_the_camera_the_newest_frame_wins(client, installed, tmp_path):
+def test_with_an_estimator_slower_than_the_camera_the_newest_frame_wins(client, example_plugin, tmp_path):
     scene = MovingTexture(width=160, height=120, dx=1, dy=0)
     client.publisher("/image", Image)
     flow = client.listen("/flow/flow", Image)
-    with NodeProcess(tmp_path, env=installed, estimator="slow") as node:
+    with NodeProcess(tmp_path, env=example_plugin, estimator="slow") as node:
         client.await_ready("/image", "flow", "faulty")
         frames = [image(scene.rgb(k), START + k * SECOND // 30) for k in range(60)]
         client.play("/image", frames, 30)
-        ended = time.monotonic()
-        slowest = 0.0
-        while time.monotonic() < ended + 0.6:
-            # Lifecycle and parameters answer while the estimator is at work.
-            start = time.monotonic()
-            assert client.get("estimator") == "slow"
-            slowest = max(slowest, time.monotonic() - start)
+        wait_until(client.settled, 30, "every frame worked on or dropped")
+        wait_until(lambda: flow and stamp_of(flow[-1]) == stamp_of(frames[-1]), 30, "the last flow")
         values = client.dump()
     received, pairs, dropped = (int(values[name]) for name in ("received", "pairs", "dropped"))
-    # Nothing goes missing undeclared: each received frame began a series, ended a pair, or was dropped. (On
-    # a busy machine the middleware, which keeps one image, replaces some before they are received.)
+    # Nothing goes missing undeclared: each received frame began a series, ended a pair, or was dropped.
     assert received == 1 + pairs + dropped and len(flow) == pairs
-    assert received <= 60 and 3 <= pairs <= 21
+    assert received + int(values["lost"]) == 60 and pairs >= 3
     # Two inferences at most: the one at work when the frame came, and its own.
     assert float(values["latency_p50_ms"]) < 2 * 110 + 60
-    # The last frame of all was not left lying.
-    assert stamp_of(flow[-1]) == stamp_of(frames[-1])
     assert node.end()[0] == 0
-    assert slowest < 1.0

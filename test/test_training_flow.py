@@ -22,7 +22,7 @@ import tf_keras as keras
 from qpwc_core.data.textures import save_bank
 from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
 from qpwc_core.model.initialization import initialize_from_data
-from qpwc_core.model.layers import normalize
+from qpwc_core.model.layers import normalize, resize_flow
 from qpwc_core.model.network import build_network
 from qpwc_core.training import loop
 from qpwc_core.training.losses import (
@@ -359,6 +359,10 @@ def test_the_mean_error_counts_valid_pixels_only():
         ({"motion": (5.0, 1.0)}, "motion must be two positive numbers"),
         ({"motion": (0.0, 1.0)}, "motion must be two positive numbers"),
         ({"dataset": "chairs"}, "both its name"),
+        ({"reuse": 0}, "reuse must be at least 1, got 0"),
+        ({"frozen_levels": 2}, "frozen_levels needs initial"),
+        ({"only_fresh": 1}, "only_fresh needs initial"),
+        ({"initial_radii": (4,)}, "initial_radii needs initial"),
     ],
 )
 def test_training_options_that_cannot_work_are_refused(changes, reason):
@@ -409,6 +413,43 @@ def test_unusable_initial_weights_are_refused_by_name(tmp_path, single_point, co
     with pytest.raises(ValueError, match=f"{path}: not weights of this network"):
         loop.train(loop.TrainConfig(network="single", initial=str(path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture()
+def trained(tmp_path, single_point) -> str:
+    """Weights of the small operating point."""
+    path = tmp_path / "start.weights.h5"
+    build_network(SINGLE, 64, 64).save_weights(path)
+    return str(path)
+
+
+def layers_trained(network) -> set[str]:
+    return {variable.name.split("/")[0] for variable in network.trainable_variables}
+
+
+def test_a_level_is_added_to_a_trained_network(monkeypatch, trained):
+    """Only the new level trains, it starts with a flow step near zero, and the rest keeps its weights."""
+    point = dataclasses.replace(SINGLE, name="double", finest_level=2, radii=(1, 1), finest_decoder=(6, 4))
+    monkeypatch.setitem(OPERATING_POINTS, "double", point)
+    config = loop.TrainConfig(
+        network="double", height=64, width=64, batch=1, initial=trained, initial_network="single", only_fresh=1
+    )
+    network, fresh = loop.make_network(config)
+    before = network.get_layer("decoder_3_conv0").kernel.numpy()
+    assert layers_trained(network) == set(fresh) and "flow_step_2" in fresh and "flow_step_3" not in fresh
+    loop.start_from_data(network, config, fresh)
+    np.testing.assert_array_equal(network.get_layer("decoder_3_conv0").kernel.numpy(), before)
+    flows = network(tf.random.uniform((2, 64, 64, 3), -1, 1, seed=1))
+    step = flows["flow_2"] - resize_flow(flows["flow_3"], 16, 16)
+    assert float(tf.math.reduce_std(step)) < 0.3
+
+
+def test_frozen_levels_of_the_encoder_are_not_trained(trained):
+    config = loop.TrainConfig(network="single", height=64, width=64, batch=1, initial=trained, frozen_levels=2)
+    network, fresh = loop.make_network(config)
+    assert fresh == []
+    levels = {name.split("_")[1] for name in layers_trained(network) if name.startswith("encoder_")}
+    assert levels == {"3"}
 
 
 def test_a_data_set_reaches_the_rendering_processes(tmp_path, textures, single_point, capsys):

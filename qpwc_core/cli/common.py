@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpwc_core.errors import FormatError, UsageError
-from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISIONS
+from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISION_CHOICES
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from qpwc_core.runtime import FlowEstimator
+    from qpwc_core.runtime import Delegate, FlowEstimator
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
@@ -30,12 +30,22 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
     if precision:
         group.add_argument(
             "--precision",
-            choices=PRECISIONS,
+            choices=PRECISION_CHOICES,
             default=DEFAULT_PRECISION,
-            help="of a bundled model (default: %(default)s)",
+            help="of a bundled model; auto: int8 where the processor is fast at it, else the faster one "
+            "(default: %(default)s)",
         )
     group.add_argument(
         "--threads", type=positive_int, metavar="N", help="threads that run the network (default: 2)"
+    )
+    group.add_argument("--delegate", metavar="LIBRARY", help="an accelerator's TFLite delegate, a shared library")
+    group.add_argument(
+        "--delegate-option",
+        action="append",
+        type=key_and_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="passed on to the delegate; may be given several times",
     )
 
 
@@ -44,7 +54,27 @@ def load_estimator(args: argparse.Namespace, precision: str | None = None) -> Fl
     from qpwc_core.runtime import FlowEstimator
 
     with _native_stderr_closed():  # TFLite announces each delegate, and has no switch for it
-        return FlowEstimator.load(args.model, precision=precision or args.precision, threads=args.threads)
+        return FlowEstimator.load(
+            args.model, precision=precision or args.precision, threads=args.threads, delegate=_delegate(args)
+        )
+
+
+def _delegate(args: argparse.Namespace) -> Delegate | None:
+    from qpwc_core.runtime import Delegate
+
+    if args.delegate is None:
+        if args.delegate_option:
+            raise UsageError("--delegate-option needs --delegate")
+        return None
+    return Delegate(args.delegate, dict(args.delegate_option))
+
+
+def key_and_value(text: str) -> tuple[str, str]:
+    """An argparse type: KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return key, value
 
 
 @contextlib.contextmanager

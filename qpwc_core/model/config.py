@@ -22,6 +22,7 @@ class NetworkConfig:
         sharpness: factor on the cosines in the cost volume, whose softmax the decoder also sees.
         decoder: channels of each decoder: the first is a sum of 1x1 projections of its inputs, the others
             are 3x3 convolutions.
+        finest_decoder: the same of the finest level, which has the most cells; empty: as the others.
         flow_input_range: flow, in level pixels, that saturates the decoder's flow input. The decoder sees
             the flow only as context; the flow it adds to is kept in full precision beside it.
     """
@@ -33,13 +34,14 @@ class NetworkConfig:
     extra_convs: tuple[int, ...] = (0, 1, 1, 1, 1)
     finest_level: int = 3
     match_channels: int = 32
-    radii: tuple[int, ...] = (4, 4, 3)
+    radii: tuple[int, ...] = (6, 4, 3)
     sharpness: float = 10.0
     decoder: tuple[int, ...] = (64, 64, 48, 32)
+    finest_decoder: tuple[int, ...] = ()
     flow_input_range: float = 16.0
 
     def __post_init__(self) -> None:
-        for field in ("pyramid", "extra_convs", "radii", "decoder"):
+        for field in ("pyramid", "extra_convs", "radii", "decoder", "finest_decoder"):
             object.__setattr__(self, field, tuple(int(v) for v in getattr(self, field)))
         for field, least in (("pyramid", 1), ("extra_convs", 0), ("radii", 1), ("decoder", 1)):
             if min(getattr(self, field), default=0) < least:
@@ -57,6 +59,8 @@ class NetworkConfig:
             raise ValueError(f"radii needs {len(self.levels)} entries (levels {self.levels}), got {len(self.radii)}")
         if len(self.decoder) < 2:
             raise ValueError("decoder needs at least two entries")
+        if self.finest_decoder and (len(self.finest_decoder) < 2 or min(self.finest_decoder) < 1):
+            raise ValueError(f"finest_decoder needs at least two positive entries, or none, got {self.finest_decoder}")
         if self.height % self.stride or self.width % self.stride:
             raise ValueError(f"{self.height}x{self.width} is not a multiple of the stride {self.stride}")
 
@@ -64,6 +68,10 @@ class NetworkConfig:
     def levels(self) -> tuple[int, ...]:
         """Decoded levels, coarse to fine."""
         return tuple(range(len(self.pyramid), self.finest_level - 1, -1))
+
+    def decoder_of(self, level: int) -> tuple[int, ...]:
+        """Channels of a level's decoder."""
+        return self.finest_decoder if self.finest_decoder and level == self.finest_level else self.decoder
 
     @property
     def stride(self) -> int:
@@ -89,12 +97,11 @@ class NetworkConfig:
 
 OPERATING_POINTS: Mapping[str, NetworkConfig] = {
     "qpwc_fast": NetworkConfig(),
+    # qpwc_fast and one level more.
     "qpwc": NetworkConfig(
         name="qpwc",
-        pyramid=(16, 32, 64, 96, 128),
-        extra_convs=(0, 1, 1, 1, 1),
         finest_level=2,
-        radii=(4, 4, 3, 2),
-        decoder=(96, 96, 64, 48),
+        radii=(6, 4, 3, 2),
+        finest_decoder=(48, 48, 32),
     ),
 }

@@ -8,6 +8,8 @@ Normalization", NeurIPS 2016, section 3; Mishkin and Matas, "All You Need Is a G
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
@@ -21,13 +23,16 @@ from qpwc_core.model.network import feature_layers
 _FLOW_STEP_DEVIATION = 0.05
 
 
-def initialize_from_data(network: keras.Model, images: np.ndarray) -> None:
+def initialize_from_data(
+    network: keras.Model, images: np.ndarray, fresh: Collection[str] | None = None
+) -> None:
     """Rescales the kernels and sets the biases of a freshly built flow network, layer by layer.
 
     The projections of the flow keep their kernels.
 
     Args:
         images: stacked pairs, uint8 2BxHxWx3; a few dozen images are enough.
+        fresh: names of the layers to initialize; None: all.
     """
     inputs = normalize(tf.constant(images))
     values: dict[int, tf.Tensor] = {id(network.inputs[0]): inputs}
@@ -37,7 +42,8 @@ def initialize_from_data(network: keras.Model, images: np.ndarray) -> None:
         arguments = tf.nest.map_structure(lambda tensor: values[id(tensor)], layer.input)
         # The flow is nearly zero before training: scaled to unit variance (by about a hundred), a flow of a
         # few pixels would later drown the decoder's other inputs.
-        if isinstance(layer, keras.layers.Conv2D) and not layer.name.startswith("project_flow"):
+        scaled = isinstance(layer, keras.layers.Conv2D) and not layer.name.startswith("project_flow")
+        if scaled and (fresh is None or layer.name in fresh):
             activation, layer.activation = layer.activation, keras.activations.linear
             mean, variance = tf.nn.moments(layer(arguments), axes=[0, 1, 2])
             layer.activation = activation
@@ -56,6 +62,7 @@ def fit_embeddings(
     flow: np.ndarray,
     visible: np.ndarray,
     *,
+    fresh: Collection[str] | None = None,
     offsets: int = 12,
     seed: int = 0,
 ) -> None:
@@ -69,6 +76,7 @@ def fit_embeddings(
     Args:
         images: stacked pairs, uint8 2BxHxWx3.
         flow: BxHxWx2, pixels; visible: bool BxHxW, where the flow is known and its target is in view.
+        fresh: names of the layers that may be set; None: all.
         offsets: random displacements drawn per pixel.
     """
     count, height, width = flow.shape[:3]
@@ -76,6 +84,8 @@ def fit_embeddings(
     layers = feature_layers(config)
     inputs = normalize(tf.constant(images))
     for level, radius in zip(config.levels, config.radii):
+        if fresh is not None and f"embed_{level}" not in fresh:
+            continue
         encoder = keras.Model(network.input, network.get_layer(layers[f"context_{level}"]).output)
         features = encoder(inputs)
         prev, next_ = features[:count].numpy(), features[count:]
@@ -103,10 +113,10 @@ def fit_embeddings(
         whiten = np.linalg.inv(np.linalg.cholesky(same))
         _, vectors = np.linalg.eigh(whiten @ other @ whiten.T)
         directions = (whiten.T @ vectors)[:, ::-1][:, : config.match_channels]
-        if directions.shape[1] < config.match_channels:
-            # Fewer context than matching channels: the rest stays as it was.
-            continue
         mean = prev[usable].mean(axis=0) if usable.any() else prev.mean(axis=(0, 1, 2))
         embed = network.get_layer(f"embed_{level}")
-        embed.kernel.assign(directions[np.newaxis, np.newaxis].astype(np.float32))
-        embed.bias.assign((-mean @ directions).astype(np.float32))
+        kernel, bias = np.zeros(embed.kernel.shape, np.float32), np.zeros(embed.bias.shape, np.float32)
+        # With fewer context than matching channels the rest stay zero.
+        kernel[..., : directions.shape[1]] = directions
+        bias[: directions.shape[1]] = -mean @ directions
+        embed.set_weights([kernel, bias])

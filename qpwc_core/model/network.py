@@ -101,28 +101,29 @@ def decode(
     flow = hidden = None
     for level, radius in zip(config.levels, config.radii):
         projected = []
+        decoder = config.decoder_of(level)
         target = next_[f"match_{level}"]
         if flow is not None:
             flow = UpsampleFlow(name=f"flow_up_{level}")(flow)
             target = Warp(quantized=quantized, name=f"warp_{level}")([target, flow])
             flow_input = ScaleFlow(1.0 / config.flow_input_range, name=f"flow_input_{level}")(flow)
-            projected.append(_conv(config.decoder[0], 1, f"project_flow_{level}", activation=None)(flow_input))
-            coarse = _conv(config.decoder[0], 1, f"project_hidden_{level}", activation=None)(hidden)
+            projected.append(_conv(decoder[0], 1, f"project_flow_{level}", activation=None)(flow_input))
+            coarse = _conv(decoder[0], 1, f"project_hidden_{level}", activation=None)(hidden)
             projected.append(UpsampleFeatures(name=f"hidden_up_{level}")(coarse))
         cost = CostVolume(radius, config.sharpness, cost_form, quantized=quantized, name=f"cost_{level}")(
             [prev[f"match_{level}"], target]
         )
         shares = ShiftShares(name=f"shares_{level}")(cost)
-        projected.append(_conv(config.decoder[0], 1, f"project_cost_{level}", activation=None)(cost))
-        projected.append(_conv(config.decoder[0], 1, f"project_shares_{level}", activation=None)(shares))
+        projected.append(_conv(decoder[0], 1, f"project_cost_{level}", activation=None)(cost))
+        projected.append(_conv(decoder[0], 1, f"project_shares_{level}", activation=None)(shares))
         projected.append(
-            _conv(config.decoder[0], 1, f"project_context_{level}", activation=None)(prev[f"context_{level}"])
+            _conv(decoder[0], 1, f"project_context_{level}", activation=None)(prev[f"context_{level}"])
         )
         hidden = projected[0]
         for index, other in enumerate(projected[1:]):
             hidden = keras.layers.Add(name=f"sum_{level}_{index}")([hidden, other])
         hidden = keras.layers.LeakyReLU(_SLOPE, name=f"sum_{level}_act")(hidden)
-        for index, channels in enumerate(config.decoder[1:]):
+        for index, channels in enumerate(decoder[1:]):
             hidden = _conv(channels, 3, f"decoder_{level}_conv{index}", activation=None)(hidden)
             hidden = keras.layers.LeakyReLU(_SLOPE, name=f"decoder_{level}_act{index}")(hidden)
         # The step is a small difference of large sums; in int8 it alone would cost pixels.

@@ -9,7 +9,7 @@ import platform
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
@@ -35,6 +35,27 @@ class TensorSpec:
     zero_point: int
 
 
+@dataclass(frozen=True)
+class Delegate:
+    """An external delegate: what vendors of accelerators (Edge TPUs, NPUs) ship for TFLite.
+
+    Attributes:
+      library: Path or name of a shared library that exports `tflite_plugin_create_delegate`.
+      options: Passed on to it as strings; what they mean is the vendor's.
+    """
+
+    library: str
+    options: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+def _load_delegate(runtime: ModuleType, delegate: Delegate) -> object:
+    try:
+        return runtime.load_delegate(delegate.library, dict(delegate.options))
+    except (ValueError, RuntimeError, OSError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise QpwcError(f"{delegate.library}: cannot be used as a delegate ({reason})") from error
+
+
 def import_runtime() -> tuple[ModuleType, str]:
     """The interpreter module of the first installed runtime, and its name and version.
 
@@ -57,27 +78,37 @@ def import_runtime() -> tuple[ModuleType, str]:
 class Engine:
     """One .tflite file, ready to run, its signatures callable by name from any thread."""
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int, xnnpack: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int,
+        xnnpack: bool = True,
+        delegate: Delegate | None = None,
+    ) -> None:
         """Loads the model and plans its memory.
 
         Args:
           path: A .tflite file.
           threads: How many threads run the network, at least 1.
           xnnpack: Whether the XNNPACK delegate, the fast kernels, may be used.
+          delegate: An accelerator's library, which is offered every operation first.
 
         Raises:
           ModelError: The file is damaged or needs operations this runtime lacks.
-          QpwcError: No runtime is installed.
+          QpwcError: No runtime is installed, or the delegate cannot be loaded.
         """
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         runtime, self.name = import_runtime()
         _warn_if_processor_is_hidden()
         resolver = runtime.OpResolverType
+        delegates = None if delegate is None else [_load_delegate(runtime, delegate)]
         try:
             self._interpreter = runtime.Interpreter(
                 model_path=os.fspath(path),
                 num_threads=threads,
+                experimental_delegates=delegates,
                 experimental_op_resolver_type=(
                     resolver.AUTO if xnnpack else resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES
                 ),

@@ -13,8 +13,9 @@ from qpwc_core.geometry import NetworkFit
 from qpwc_core.images import as_rgb, as_rgb_pair
 from qpwc_core.machine import available_cores
 from qpwc_core.runtime import models
-from qpwc_core.runtime.engine import Engine, TensorSpec
+from qpwc_core.runtime.engine import Delegate, Engine, TensorSpec
 from qpwc_core.runtime.models import ModelInfo
+from qpwc_core.runtime.precision import choose
 
 _IMAGE = "image"
 _FLOW = "flow"
@@ -47,11 +48,18 @@ class FlowEstimator:
       runtime: Name and version of the TFLite runtime.
     """
 
-    def __init__(self, info: ModelInfo, *, threads: int | None = None, xnnpack: bool = True) -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        *,
+        threads: int | None = None,
+        xnnpack: bool = True,
+        delegate: Delegate | None = None,
+    ) -> None:
         """As `load`, for a model whose description is already read."""
         self.info = info
         self.threads = min(_DEFAULT_THREADS, available_cores()) if threads is None else threads
-        self._engine = Engine(info.path, threads=self.threads, xnnpack=xnnpack)
+        self._engine = Engine(info.path, threads=self.threads, xnnpack=xnnpack, delegate=delegate)
         self._match_inputs = _check_interface(info, self._engine)
 
     @classmethod
@@ -62,24 +70,41 @@ class FlowEstimator:
         precision: str = models.DEFAULT_PRECISION,
         threads: int | None = None,
         xnnpack: bool = True,
+        delegate: Delegate | None = None,
     ) -> FlowEstimator:
         """Loads a model.
 
         Args:
           model: A bundled model's name or the path of a .tflite file; by default "qpwc", or
             "qpwc_fast" where that is the only one bundled.
-          precision: "int8" or "float32", for a bundled model.
+          precision: Of a bundled model: "int8", "float32", or "auto" for int8 where the processor has
+            dot-product instructions for it, and elsewhere what a measurement of half a second finds faster.
           threads: Threads that run the network; by default 2, or 1 on a single processor.
           xnnpack: Whether the runtime's fast kernels may be used; without them the flow is the same up
             to rounding.
+          delegate: An accelerator's library, which is offered every operation first.
 
         Raises:
           ModelError: The model is missing, damaged, or not one of this project's.
-          QpwcError: No TFLite runtime is installed.
+          QpwcError: No TFLite runtime is installed, or the delegate cannot be loaded.
           ValueError: Unknown precision, or fewer than one thread.
         """
-        path = models.find_model(models.default_model() if model is None else model, precision)
-        return cls(models.read_model_info(path), threads=threads, xnnpack=xnnpack)
+        model = models.default_model() if model is None else model
+
+        def make(precision: str) -> FlowEstimator:
+            info = models.read_model_info(models.find_model(model, precision))
+            return cls(info, threads=threads, xnnpack=xnnpack, delegate=delegate)
+
+        if precision != models.AUTO_PRECISION:
+            return make(precision)
+        if models.is_path(model):
+            return make(models.DEFAULT_PRECISION)  # the file is what it is
+        return make(choose(lambda candidate: make(candidate)._run_once))
+
+    def _run_once(self) -> None:
+        blank = np.zeros((self.info.height, self.info.width, 3), np.uint8)
+        features = self.encode(blank)
+        self.match(features, features)
 
     @property
     def runtime(self) -> str:

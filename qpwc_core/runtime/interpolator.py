@@ -8,6 +8,7 @@ import numpy as np
 
 from qpwc_core.images import as_rgb_pair
 from qpwc_core.runtime import models
+from qpwc_core.runtime.engine import Delegate
 from qpwc_core.runtime.estimator import FlowEstimator
 from qpwc_core.runtime.synthesis import check_time, synthesize
 
@@ -30,9 +31,12 @@ class FrameInterpolator:
         precision: str = models.DEFAULT_PRECISION,
         threads: int | None = None,
         xnnpack: bool = True,
+        delegate: Delegate | None = None,
     ) -> FrameInterpolator:
         """Loads a model; arguments and errors as `FlowEstimator.load`."""
-        return cls(FlowEstimator.load(model, precision=precision, threads=threads, xnnpack=xnnpack))
+        return cls(
+            FlowEstimator.load(model, precision=precision, threads=threads, xnnpack=xnnpack, delegate=delegate)
+        )
 
     def __call__(self, prev: np.ndarray, next: np.ndarray, t: float = 0.5) -> np.ndarray:
         """The frame at time `t`.

@@ -14,6 +14,9 @@ from qpwc_core.runtime.metadata import METADATA_FORMAT, read_metadata
 
 PRECISIONS = ("int8", "float32")
 DEFAULT_PRECISION = "int8"
+#: Stands for whichever precision is faster here, see `precision.choose`.
+AUTO_PRECISION = "auto"
+PRECISION_CHOICES = (*PRECISIONS, AUTO_PRECISION)
 
 # The accurate model where it is installed, else the fast one.
 _DEFAULT_MODELS = ("qpwc", "qpwc_fast")
@@ -104,20 +107,27 @@ def model_directories() -> list[Path]:
     return [directory for directory in dict.fromkeys(candidates) if directory.is_dir()]
 
 
+def is_path(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this is the path of a model file, not the name of a bundled model."""
+    return os.fspath(name_or_path).endswith(".tflite")
+
+
 def find_model(name_or_path: str | os.PathLike[str], precision: str = DEFAULT_PRECISION) -> Path:
     """The file of a model.
 
     Args:
       name_or_path: A bundled model's name, or a path (recognized by its suffix .tflite).
-      precision: "int8" or "float32"; of no effect for a path.
+      precision: "int8" or "float32"; "auto" finds the int8 one; of no effect for a path.
 
     Raises:
       ModelError: There is no such file or bundled model.
       ValueError: Unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got {precision!r}")
-    if os.fspath(name_or_path).endswith(".tflite"):
+    if precision not in PRECISION_CHOICES:
+        raise ValueError(f"precision must be {' or '.join(PRECISION_CHOICES)}, got {precision!r}")
+    if precision == AUTO_PRECISION:
+        precision = DEFAULT_PRECISION
+    if is_path(name_or_path):
         path = Path(name_or_path)
         if not path.is_file():
             raise ModelError(f"{path}: no such model file")

@@ -23,8 +23,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from qpwc_core.model.network import build_network
-from qpwc_core.training.loop import TrainConfig, batch_signature, load_initial, network_config, start_from_data
+from qpwc_core.training.loop import TrainConfig, batch_signature, make_network, network_config, start_from_data
 from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 FORMAT = 1
@@ -35,12 +34,8 @@ def make_trainer(config: TrainConfig) -> FlowTrainer:
 
     The network starts as ``loop.train`` would start it.
     """
-    point = network_config(config.network)
-    keras.utils.set_random_seed(config.seed)
-    network = build_network(point, config.height, config.width, batch=config.batch)
-    if config.initial:
-        load_initial(network, config.initial)
-    start_from_data(network, point, config)
+    network, fresh = make_network(config)
+    start_from_data(network, config, fresh)
     trainer = FlowTrainer(network)
     prepare_optimizer(trainer, config)
     return trainer

@@ -219,7 +219,7 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
         write_config(directory, config, point)
         interpolator(first)  # builds it, so that a backup can be restored
         if not done:
-            fit_to_scenes(network, point, scenes, config.seed, FRESH_PAIRS, fresh=True)
+            fit_to_scenes(network, point, scenes, config.seed, FRESH_PAIRS)
         held_back = validation_triplets(config)
         average = tf.image.psnr(plain_average(held_back["prev"], held_back["next"]), held_back["middle"], 255)
         print(f"validation: averaging the two frames has a PSNR of {float(tf.reduce_mean(average)):.2f} dB")

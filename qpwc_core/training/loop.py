@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -21,6 +22,7 @@ from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
 from qpwc_core.model.initialization import fit_embeddings, initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, full_flow
+from qpwc_core.model.transfer import transfer_weights
 from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 Builder = Callable[..., keras.Model]
@@ -42,7 +44,15 @@ class TrainConfig:
         motion: range of the scenes' typical motion in pixels. Matching is learned from motion of several
             cells of a level, so the coarsest needs a good part of a hundred pixels, and crops that such motion
             does not leave; sub-pixel motion alone teaches a new network to predict none.
+        motion_limit: no layer's centre moves farther. A small picture is enlarged to the exported network's size, and
+            its motion with it: what is learned has to reach farther than the largest motion of interest.
         initial: weights to start from, or None.
+        initial_network, initial_radii: the operating point that these weights belong to and its search radii, where
+            either differs from this run's. What both have is taken over, see ``model.transfer``; the rest starts fresh.
+        only_fresh: train only the layers that ``initial`` does not have: a new level on top of a trained network.
+        frozen_levels: the encoder's levels 1 to this many keep the weights of ``initial``. They cost most of a step,
+            having most pixels, and are the first to have learned what they can.
+        reuse: samples drawn from each rendered scene, see ``PipelineConfig``.
         refit_embeddings: pairs on which ``fit_embeddings`` sets the matching features of ``initial`` anew
             before the first step; 0 leaves them. A fresh network's are always fitted.
         validation_size, validation_count: the synthetic validation set.
@@ -65,7 +75,13 @@ class TrainConfig:
     textures: str | None = None
     validation_textures: str | None = None
     motion: tuple[float, float] = (2.0, 90.0)
+    motion_limit: float = 200.0
     initial: str | None = None
+    initial_network: str | None = None
+    initial_radii: tuple[int, ...] = ()
+    only_fresh: int = 0
+    frozen_levels: int = 0
+    reuse: int = 2
     refit_embeddings: int = 0
     validation_size: tuple[int, int] = (384, 512)
     validation_count: int = 32
@@ -75,18 +91,24 @@ class TrainConfig:
     scene_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("steps", 0), ("epoch_steps", 1), ("validation_count", 1), ("workers", 0)):
+        for name, least in (("batch", 1), ("steps", 0), ("epoch_steps", 1), ("validation_count", 1), ("workers", 0), ("reuse", 1), ("frozen_levels", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.motion[0] <= self.motion[1]:
             raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
+        for name in ("initial_network", "initial_radii", "frozen_levels", "only_fresh"):
+            if getattr(self, name) and not self.initial:
+                raise ValueError(f"{name} needs initial, the weights it is about")
         self.pipeline()  # checks its own part
 
     def pipeline(self) -> PipelineConfig:
         return PipelineConfig(
-            scene=SceneConfig(height=self.height, width=self.width, motion=self.motion),
+            scene=SceneConfig(
+                height=self.height, width=self.width, motion=self.motion, motion_limit=self.motion_limit
+            ),
             textures=self.textures,
             batch=self.batch,
+            reuse=self.reuse,
             dataset=self.dataset,
             dataset_root=self.dataset_root,
             scene_share=self.scene_share,
@@ -286,29 +308,82 @@ def check_directory(directory: Path, network: NetworkConfig) -> None:
             raise ValueError(f"{directory} holds a run of a different network; choose another directory")
 
 
-def load_initial(network: keras.Model, path: str) -> None:
+def load_initial(network: keras.Model, config: TrainConfig) -> list[str]:
     """Loads the weights that a run starts from.
 
+    Returns:
+        Names of the convolutions that they do not have.
+
     Raises:
-        ValueError: they cannot be read, or belong to another network.
+        ValueError: they cannot be read, or belong to another network than said.
     """
+    point = network_config(config.initial_network or config.network)
+    if config.initial_radii:
+        point = dataclasses.replace(point, radii=config.initial_radii)
+    source = build_network(point, config.height, config.width)
     try:
-        network.load_weights(path)
+        source.load_weights(config.initial)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not weights of this network ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{config.initial}: not weights of this network ({str(error).splitlines()[0]})") from error
+    return transfer_weights(source, network)
 
 
-def start_from_data(network: keras.Model, point: NetworkConfig, config: TrainConfig) -> None:
-    """What happens to a network before its first step: see ``qpwc_core.model.initialization``."""
-    pairs = config.refit_embeddings if config.initial else FRESH_PAIRS
-    if pairs:
-        fit_to_scenes(network, point, config.pipeline(), config.seed, pairs, fresh=not config.initial)
+def freeze(network: keras.Model, config: TrainConfig, fresh: list[str]) -> None:
+    """Makes layers keep their weights, as the run says. ``fresh``: names of the layers that ``initial`` lacks."""
+    for layer in network.layers:
+        match = re.match(r"encoder_(\d+)_", layer.name)
+        low = match is not None and int(match[1]) <= config.frozen_levels
+        known = isinstance(layer, keras.layers.Conv2D) and layer.name not in fresh
+        if low or (config.only_fresh and known):
+            layer.trainable = False
+
+
+def make_network(config: TrainConfig) -> tuple[keras.Model, list[str] | None]:
+    """The network as a run starts with it, but for :func:`start_from_data`.
+
+    Returns:
+        The network, and the names of the layers that have no trained weights (None: none has).
+    """
+    keras.utils.set_random_seed(config.seed)
+    network = build_network(network_config(config.network), config.height, config.width, batch=config.batch)
+    fresh = None
+    if config.initial:
+        fresh = load_initial(network, config)
+        freeze(network, config, fresh)
+    return network, fresh
+
+
+def start_from_data(network: keras.Model, config: TrainConfig, fresh: list[str] | None) -> None:
+    """What happens to a network before its first step: see ``qpwc_core.model.initialization``.
+
+    Args:
+        fresh: as :func:`make_network` gives it.
+    """
+    point = network_config(config.network)
+    if fresh is None or fresh:
+        fit_to_scenes(network, point, config.pipeline(), config.seed, FRESH_PAIRS, fresh=fresh)
+    elif config.refit_embeddings:
+        embeddings = [f"embed_{level}" for level in point.levels]
+        fit_to_scenes(
+            network, point, config.pipeline(), config.seed, config.refit_embeddings, fresh=embeddings, rescale=False
+        )
 
 
 def fit_to_scenes(
-    network: keras.Model, point: NetworkConfig, source: PipelineConfig, seed: int, pairs: int, *, fresh: bool
+    network: keras.Model,
+    point: NetworkConfig,
+    source: PipelineConfig,
+    seed: int,
+    pairs: int,
+    *,
+    fresh: list[str] | None = None,
+    rescale: bool = True,
 ) -> None:
-    """Fits the matching features of a network, and first everything else if it is ``fresh``, to rendered pairs."""
+    """Fits layers to rendered pairs: first scales their outputs (``rescale``), then fits the matching features.
+
+    Args:
+        fresh: names of the layers; None: all.
+    """
     # Always rendered ones: their flow is known everywhere.
     source = dataclasses.replace(source, dataset=None, dataset_root=None, triplets=False)
     rng = np.random.default_rng(seed)
@@ -317,10 +392,10 @@ def fit_to_scenes(
     # The data-driven initialization runs the whole network, which may be built for a fixed batch.
     anywhere = build_network(point, source.scene.height, source.scene.width)
     anywhere.set_weights(network.get_weights())
-    if fresh:
-        initialize_from_data(anywhere, images)
+    if rescale:
+        initialize_from_data(anywhere, images, fresh)
     visible = np.stack([s.valid & ~s.occluded for s in samples])
-    fit_embeddings(anywhere, point, images, np.stack([s.flow for s in samples]), visible)
+    fit_embeddings(anywhere, point, images, np.stack([s.flow for s in samples]), visible, fresh=fresh)
     network.set_weights(anywhere.get_weights())
 
 
@@ -334,12 +409,9 @@ def train(config: TrainConfig, directory: Path) -> Path:
         ValueError: an unknown network, or ``directory`` holds a run of another network.
     """
     point = network_config(config.network)
-    keras.utils.set_random_seed(config.seed)
-    network = build_network(point, config.height, config.width, batch=config.batch)
-    if config.initial:
-        load_initial(network, config.initial)
+    network, fresh = make_network(config)
     # Last: options that do not work must not replace the config of a run that does.
     check_directory(directory, point)
     write_config(directory, config, point)
     trainer = FlowTrainer(network)
-    return fit(trainer, point, config, directory, prepare=lambda: start_from_data(network, point, config))
+    return fit(trainer, point, config, directory, prepare=lambda: start_from_data(network, config, fresh))

@@ -32,13 +32,26 @@ from qpwc_ros.pipeline import Arrival, Pipeline
 from qpwc_ros.plugins import registry
 from qpwc_ros.plugins.base import Estimator, Output
 from qpwc_ros.plugins.builtin import ESTIMATORS, OUTPUTS
+from qpwc_ros.sequence import SequenceGaps, with_info
 from qpwc_ros.worker import LatestWorker
 
 #: The options every estimator gets; with them, its own parameters.
 ESTIMATOR_PARAMETERS = (
     ParameterSpec("model", "", "Bundled model by name, or path of a .tflite; empty: the default."),
-    ParameterSpec("precision", "int8", "Which version of a bundled model.", choices=("int8", "float32")),
+    ParameterSpec(
+        "precision",
+        "int8",
+        "Which version of a bundled model; auto: int8 where the processor is fast at it, else the faster one.",
+        choices=("int8", "float32", "auto"),
+    ),
     ParameterSpec("threads", 0, "Threads of the estimator; 0: its own choice.", minimum=0, maximum=64),
+    # Read-only: whoever may set parameters must not thereby get any library loaded.
+    ParameterSpec(
+        "delegate", "", "Shared library of an accelerator's TFLite delegate; empty: none.", read_only=True
+    ),
+    ParameterSpec(
+        "delegate_options", [""], "Passed on to the delegate, each KEY=VALUE; [\"\"]: none.", read_only=True
+    ),
 )
 
 PARAMETERS = (
@@ -85,8 +98,9 @@ POLL_PERIOD = 0.1
 WARN_PERIOD = 5.0
 #: Seconds without an image, while somebody listens, until diagnostics warn.
 SILENCE = 2.0
-#: Seconds given to an inference to finish on deactivate, and when the process ends.
-STOP_TIMEOUT = 30.0
+#: Seconds given to an inference to finish on deactivate, and when the process ends. On deactivate it is short
+#: because all other calls wait as well; an estimator that takes longer goes on, and nobody hears of its result.
+STOP_TIMEOUT = 0.2
 EXIT_TIMEOUT = 1.0
 
 
@@ -115,6 +129,8 @@ class FlowNode(Reporting, LifecycleNode):
         self._last_image = 0.0
         self._camera: tuple[str, Any] | None = None
         self._camera_info_subscription: Any = None
+        self._gaps = SequenceGaps()
+        self._numbered = False
 
         self._estimators, self._estimator_errors = self._load_plugins(ESTIMATORS, Estimator)
         self._outputs, self._output_errors = self._load_plugins(OUTPUTS, Output)
@@ -208,12 +224,8 @@ class FlowNode(Reporting, LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def on_deactivate(self, state: Any) -> TransitionCallbackReturn:
-        """Unsubscribe and stop the worker."""
-        if not self._stop():
-            self.get_logger().error(
-                f"cannot deactivate: the estimator has not finished in {STOP_TIMEOUT:g} s"
-            )
-            return TransitionCallbackReturn.FAILURE
+        """Unsubscribe and stop the worker; what it is computing will not be published."""
+        self._stop()
         return TransitionCallbackReturn.SUCCESS
 
     def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
@@ -241,14 +253,15 @@ class FlowNode(Reporting, LifecycleNode):
         if self.state == "unconfigured" and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             self.trigger_activate()
 
-    def _stop(self) -> bool:
+    def _stop(self) -> None:
         self._unsubscribe()
+        if self._worker.discard():
+            self.statistics.count("dropped")
         if not self._worker.stop(STOP_TIMEOUT):
-            return False
+            self.get_logger().warning("the estimator is still at work: its result will be thrown away")
+        self._pipeline.forget()
         if self.state == "active":
             self.state = "inactive"
-        self._pipeline.forget()
-        return True
 
     def _free(self) -> None:
         for output in self._pipeline.outputs.values():
@@ -375,7 +388,9 @@ class FlowNode(Reporting, LifecycleNode):
         compressed = transport == "compressed"
         topic = self._image_topic(transport)
         self.get_logger().info(f"listening to {topic}")
-        callback = functools.partial(self._on_image, compressed)
+        # Anew for each subscription: what is published while nobody listens is not missed.
+        self._gaps, self._numbered = SequenceGaps(), False
+        callback = with_info(functools.partial(self._on_image, compressed))
         return self._subscribe(CompressedImage if compressed else Image, topic, callback)
 
     def _subscribe(self, msg_type: type, topic: str, callback: Callable[[Any], None]) -> Any:
@@ -399,11 +414,16 @@ class FlowNode(Reporting, LifecycleNode):
 
     @guarded
     def _on_lost(self, event: Any) -> None:
-        self.statistics.count("lost", max(0, event.total_count_change))
+        if not self._numbered:  # else these are among those missing
+            self.statistics.count("lost", max(0, event.total_count_change))
 
     @guarded
-    def _on_image(self, compressed: bool, msg: Any) -> None:
+    def _on_image(self, compressed: bool, msg: Any, info: Any) -> None:
         received = self._last_image = time.monotonic()
+        missed = self._gaps.missed(info)
+        if missed is not None:
+            self._numbered = True
+            self.statistics.count("lost", missed)
         number = self.statistics.count("received") - 1
         if self._worker.offer(Arrival(msg, compressed, number, received)):
             self.statistics.count("dropped")

@@ -13,12 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import rclpy
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import Executor, ExternalShutdownException, SingleThreadedExecutor
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.signals import SignalHandlerOptions
 
 from qpwc_ros.frames import one_line
 from qpwc_ros.parameters import ParameterError
 from qpwc_ros.share import use_large_shared_memory
+
+#: What ROS raises at start when it cannot do what the command line or the environment says: arguments that it does
+#: not understand, an enclave that is not there.
+_ROS_REFUSALS = (rclpy_implementation.RCLError, rclpy_implementation.UnknownROSArgsError)
 
 
 def guarded(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,9 +33,9 @@ def guarded(callback: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(callback)
-    def call(self: Any, *args: Any) -> Any:
+    def call(self: Any, *args: Any, **options: Any) -> Any:
         try:
-            return callback(self, *args)
+            return callback(self, *args, **options)
         except Exception as error:
             if self.context.ok():
                 self.report("internal_errors", f"{callback.__name__}: {one_line(error)}")
@@ -47,7 +52,7 @@ def run(make_node: Callable[[], Any], name: str, args: list[str] | None = None) 
         make_node: makes it, once rclpy is initialized. Besides rclpy's methods it has
             `report(problem, text)`, and `close()`, which ends its threads and returns False if one of them
             would not end in time.
-        name: for the one line on stderr when a parameter given at start is impossible.
+        name: for the one line on stderr when what is given at start is impossible.
         args: the program's arguments; by default those of the process.
     """
     use_large_shared_memory()
@@ -60,14 +65,20 @@ def run(make_node: Callable[[], Any], name: str, args: list[str] | None = None) 
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         initialized = True
         node = make_node()
-        _spin(node, stop)
+        spin(node, SingleThreadedExecutor(), stop)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except ParameterError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except Exception:
+    except _ROS_REFUSALS as error:
         # A signal during the start takes the context away from under the constructor.
+        if rclpy.ok() or not initialized:
+            unknown = isinstance(error, rclpy_implementation.UnknownROSArgsError)
+            what = "unknown ROS arguments: " if unknown else ""
+            print(f"{name}: {what}{' '.join(str(error).split())}", file=sys.stderr)
+            return 1 if initialized else 2
+    except Exception:
         if rclpy.ok() or not initialized:
             raise
     finally:
@@ -84,17 +95,29 @@ def run(make_node: Callable[[], Any], name: str, args: list[str] | None = None) 
     return 0
 
 
-def _spin(node: Any, stop: threading.Event) -> None:
-    executor = SingleThreadedExecutor()
+def spin(node: Any, executor: Executor, stop: threading.Event) -> None:
+    """Execute a node's callbacks until `stop` is set or ROS is shut down, through exceptions of rclpy's own.
+
+    rclpy's executors raise InvalidHandle when a callback in another thread destroys a subscription or publisher
+    just while they look at it. Node `flow` does so whenever its last listener leaves, and under a
+    MultiThreadedExecutor `executor.spin()` would now and then end there.
+
+    Args:
+        node: has a method `report(problem, text)`; its own callbacks do not raise.
+        executor: any of rclpy's; the node is added to it.
+        stop: looked at ten times a second.
+    """
     executor.add_node(node)
-    while rclpy.ok() and not stop.is_set():
+    while node.context.ok() and not stop.is_set():
         try:
             # A signal is seen between waits.
             executor.spin_once(timeout_sec=0.1)
         except (KeyboardInterrupt, ExternalShutdownException):
             return
-        except Exception as error:  # of rclpy itself: our callbacks are guarded
-            if not rclpy.ok():
+        except rclpy_implementation.InvalidHandle:
+            pass
+        except Exception as error:
+            if not node.context.ok():
                 return
             node.report("internal_errors", one_line(error))
             time.sleep(0.01)

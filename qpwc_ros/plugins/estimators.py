@@ -19,7 +19,10 @@ class TfliteEstimator(Estimator):
         from qpwc_core import FlowEstimator
 
         self._estimator = FlowEstimator.load(
-            options["model"] or None, precision=options["precision"], threads=options["threads"] or None
+            options["model"] or None,
+            precision=options["precision"],
+            threads=options["threads"] or None,
+            delegate=_delegate(options),
         )
 
     @classmethod
@@ -27,6 +30,7 @@ class TfliteEstimator(Estimator):
         from qpwc_core.runtime.models import default_model, find_model
 
         find_model(options["model"] or default_model(), options["precision"])
+        _delegate(options)
 
     def encode(self, image: np.ndarray) -> Any:
         return self._estimator.encode(image)
@@ -37,6 +41,24 @@ class TfliteEstimator(Estimator):
     def describe(self) -> dict[str, str]:
         info = self._estimator.info
         return {"model": info.name, "precision": info.precision, "threads": str(self._estimator.threads)}
+
+
+def _delegate(options: Mapping[str, Any]) -> Any:
+    """The qpwc_core.Delegate that the options name, or None.
+
+    Raises:
+        ValueError: an option of it is not KEY=VALUE, or there is no delegate to have options.
+    """
+    from qpwc_core import Delegate
+
+    pairs = [text.partition("=") for text in options.get("delegate_options") or () if text]
+    wrong = ["".join(pair) for pair in pairs if not (pair[0] and pair[1])]
+    if wrong:
+        raise ValueError(f"delegate_options: expected KEY=VALUE, got {wrong[0]!r}")
+    library = options.get("delegate") or ""
+    if pairs and not library:
+        raise ValueError("delegate_options: there is no delegate")
+    return Delegate(library, {key: value for key, _, value in pairs}) if library else None
 
 
 class DisEstimator(Estimator):

@@ -21,7 +21,11 @@ except ImportError:
 
 
 class MotionOutput(Output):
-    """~/motion, ~/motion/boxes: what moves against the background's dominant motion, see qpwc_ros.motion."""
+    """~/motion, ~/motion/boxes: mono8, 255 where something moves against the background, at the current
+    frame's pixels; and its connected parts, largest first, where vision_msgs is installed.
+
+    How it is found: qpwc_ros.motion.
+    """
 
     parameters = (
         ParameterSpec(

@@ -33,7 +33,9 @@ def between(pair: FramePair, factor: int) -> list[tuple[float, int]]:
 
 
 class FlowOutput(Output):
-    """~/flow: displacement in pixels of the input image, previous → current frame, 32FC2."""
+    """~/flow: 32FC2, displacement (dx, dy) in pixels of the input image from the previous to the current
+    frame, at the previous frame's pixels; x right, y down; header of the current frame.
+    """
 
     def __init__(self, node: Any):
         super().__init__(node)
@@ -44,7 +46,9 @@ class FlowOutput(Output):
 
 
 class IntervalOutput(Output):
-    """~/flow/interval: the two stamps of each flow."""
+    """~/flow/interval: `header.stamp` is the current frame's, `time_ref` the previous one's; divide the flow
+    by the difference for pixels per second.
+    """
 
     def __init__(self, node: Any):
         super().__init__(node)
@@ -74,7 +78,7 @@ class CameraInfoOutput(Output):
 
 
 class ColorOutput(Output):
-    """~/flow/color: the flow on the Middlebury colour wheel, bgr8."""
+    """~/flow/color: bgr8, the flow on the Middlebury colour wheel: hue is direction, saturation is length."""
 
     parameters = (
         ParameterSpec(
@@ -100,7 +104,7 @@ class ColorOutput(Output):
 
 
 class ConfidenceOutput(Output):
-    """~/flow/confidence: 0..1 from forward–backward consistency, 32FC1."""
+    """~/flow/confidence: 32FC1, 0 to 1, from how well the backward flow leads back."""
 
     def __init__(self, node: Any):
         super().__init__(node)
@@ -111,7 +115,9 @@ class ConfidenceOutput(Output):
 
 
 class InterpolatedOutput(Output):
-    """~/interpolated, ~/interpolated/compressed: frames between the two, each stamped at its own time."""
+    """~/interpolated, ~/interpolated/compressed, ~/interpolated/camera_info: in-between frames, each stamped
+    at its own time: bgr8 (mono8 from a grey camera), JPEG, and the camera's calibration at the same stamps.
+    """
 
     parameters = (
         ParameterSpec(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,6 +101,7 @@ class Bag:
         path: the bag's directory, or a .mcap, .db3 or (ROS 1) .bag file.
         topic: the image topic to read; by default the only camera in the bag.
         need_images: False opens a bag also without a camera, for `messages` alone.
+        no_cameras: image topics that are known to be something else, such as depth or true flow.
 
     Attributes:
         topic, message_type: of the images.
@@ -111,7 +112,15 @@ class Bag:
         BagError: there is no readable bag, or it has no, or several, or no such image topics.
     """
 
-    def __init__(self, path: str | Path, topic: str | None = None, *, need_images: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        topic: str | None = None,
+        *,
+        need_images: bool = True,
+        no_cameras: Collection[str] = (),
+    ) -> None:
+        self._no_cameras = frozenset(no_cameras)
         self.path = Path(path)
         self.skipped = 0
         self._files = data_files(self.path)
@@ -162,7 +171,7 @@ class Bag:
     def _choose(self, topic: str | None) -> Stream:
         everything = self._source.streams
         images = {s.topic: s for s in everything if s.msgtype in (IMAGE, COMPRESSED_IMAGE) and s.count}
-        names = sorted(images)
+        names = sorted(images.keys() - self._no_cameras)
         if not names:
             have = ", ".join(sorted({f"{s.topic} ({s.msgtype})" for s in everything})) or "nothing"
             damage = f" ({self._damage})" if self._damage else ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qpwc_core.cli.common import positive_float, positive_int, print_table
 from qpwc_core.errors import QpwcError, UsageError
-from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISIONS
+from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISION_CHOICES
 
 if TYPE_CHECKING:
     from qpwc_ros.replay.single import Options, Outcome
@@ -55,11 +55,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="hold no frame back: more pairs, but nothing to compare in-between frames with",
     )
-    parser.add_argument(
+    truth = parser.add_argument_group("ground truth", "implies --all-frames")
+    truth.add_argument(
         "--truth",
         metavar="TOPIC|DIR",
-        help="ground truth: a 32FC2 topic of the bag, or a directory of .flo, .npy or KITTI .png files named "
-        "by stamp; implies --all-frames",
+        help="flow: a 32FC2 topic of the bag, or a directory of .flo, .npy or KITTI .png files named by "
+        "stamp",
+    )
+    truth.add_argument(
+        "--truth-depth",
+        metavar="TOPIC",
+        help="depth of the images' view (32FC1 in m or 16UC1 in mm) in a scene that stands still; flow is "
+        "computed from it with --truth-pose",
+    )
+    truth.add_argument(
+        "--truth-pose",
+        metavar="TOPIC",
+        help="the camera's poses: PoseStamped, PoseWithCovarianceStamped or Odometry",
+    )
+    truth.add_argument(
+        "--truth-info",
+        metavar="TOPIC",
+        help="CameraInfo for --truth-depth (default: beside the depth, else beside the images)",
+    )
+    truth.add_argument(
+        "--truth-axes",
+        choices=("optical", "body"),
+        help="axes of the frame that --truth-pose is of: optical (z forward, x right, y down; default) or "
+        "body (x forward, y left, z up)",
     )
     estimator = parser.add_argument_group("estimator")
     estimator.add_argument(
@@ -70,9 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     estimator.add_argument(
         "--precision",
-        choices=PRECISIONS,
+        choices=PRECISION_CHOICES,
         default=DEFAULT_PRECISION,
-        help="of a bundled model (default: %(default)s)",
+        help="of a bundled model; auto: int8 where the processor is fast at it (default: %(default)s)",
     )
     estimator.add_argument("--threads", type=positive_int, metavar="N", help="threads of the estimator")
     estimator.add_argument(
@@ -83,6 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     live = parser.add_argument_group("live")
     live.add_argument("--rate", type=positive_float, default=1.0, help="speed of playing (default: 1)")
+    live.add_argument(
+        "--use-sim-time",
+        action="store_true",
+        help="start the node with use_sim_time, so that its clock is the recording's; /clock is published in "
+        "any case, unless something else does",
+    )
     live.add_argument(
         "--node",
         metavar="NAME",
@@ -117,12 +146,16 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 when all was seen, 1 when something ended early, 130 on Ctrl-C; there is a report in each case.
     """
-    if not args.live and (args.rate != 1.0 or args.node or args.image_topic or args.confidence):
-        raise UsageError("--rate, --node, --image-topic and --confidence need --live")
+    live_only = (args.node, args.image_topic, args.confidence, args.use_sim_time)
+    if not args.live and (args.rate != 1.0 or any(live_only)):
+        raise UsageError("--rate, --node, --image-topic, --confidence and --use-sim-time need --live")
+    if args.node and args.use_sim_time:
+        raise UsageError("--use-sim-time is for a node started here: set the parameter of your own")
     if args.live and args.compare:
         raise UsageError("--compare is for --offline: the node runs one estimator")
     if args.live and (args.jobs > 1 or args.scheduler):
         raise UsageError("--jobs and --scheduler are for --offline: nodes side by side would slow each other")
+    _check_truth(args)
     try:
         return _replay(args)
     except ImportError as error:
@@ -134,6 +167,15 @@ def run(args: argparse.Namespace) -> int:
         if error.filename is None:  # as of a full disk: say what could not be written
             raise QpwcError(f"{_target(args)}: {error.strerror or error}") from error
         raise
+
+
+def _check_truth(args: argparse.Namespace) -> None:
+    if bool(args.truth_depth) != bool(args.truth_pose):
+        raise UsageError("--truth-depth and --truth-pose need each other")
+    if not args.truth_depth and (args.truth_info or args.truth_axes):
+        raise UsageError("--truth-info and --truth-axes need --truth-depth")
+    if args.truth and args.truth_depth:
+        raise UsageError("--truth and --truth-depth exclude each other")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,8 +206,13 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> Options:
+    from qpwc_ros.replay.depth_truth import DepthSource
     from qpwc_ros.replay.single import Options
 
+    depth = None
+    if args.truth_depth:
+        axes = args.truth_axes or "optical"
+        depth = DepthSource(args.truth_depth, args.truth_pose, args.truth_info, axes)
     return Options(
         live=args.live,
         topic=args.topic,
@@ -176,7 +223,9 @@ def _options(args: argparse.Namespace) -> Options:
         threads=args.threads,
         compare=args.compare,
         truth=args.truth,
+        depth_truth=depth,
         rate=args.rate,
+        sim_time=args.use_sim_time,
         node=args.node,
         image_topic=args.image_topic,
         confidence=args.confidence,

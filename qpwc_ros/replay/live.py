@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpwc_core.errors import QpwcError
-from qpwc_ros.replay.bag import IMAGE, Bag, BagError, Frame, raw_stamp_ns, restamp, typestore
+from qpwc_ros.replay.bag import IMAGE, NS, Bag, BagError, Frame, raw_stamp_ns, restamp, typestore
 from qpwc_ros.replay.resources import Energy, cpu_seconds, peak_rss_mb
 from qpwc_ros.replay.results import CONFIDENCE, FLOW, OUTPUT_TYPES, TIME_REFERENCE, ResultsWriter
 from qpwc_ros.replay.run import Progress, Run, is_held_back
@@ -31,6 +31,9 @@ QUIET_SECONDS = 2.0
 STOP_SECONDS = 5.0
 # Messages waiting for the disk. At 640x480 they are 2.5 MB at most, so this bounds memory at about 60 MB.
 QUEUE_LENGTH = 24
+# The recording's clock, as simulations and `ros2 bag play --clock` publish it. Seconds between two messages.
+CLOCK = "/clock"
+CLOCK_PERIOD = 0.02
 
 
 class LiveError(QpwcError):
@@ -49,6 +52,7 @@ class NodeOptions:
     model: str | None = None
     precision: str | None = None
     threads: int | None = None
+    use_sim_time: bool = False
 
     def arguments(self, max_interval: int) -> list[str]:
         """As ROS command-line arguments, with the parameter max_interval given in ns."""
@@ -58,6 +62,7 @@ class NodeOptions:
             "model": self.model,
             "precision": self.precision,
             "threads": self.threads,
+            "use_sim_time": "true" if self.use_sim_time else None,
         }
         return [
             argument
@@ -168,8 +173,10 @@ class _Link:
             import rclpy
             from diagnostic_msgs.msg import DiagnosticArray
             from rclpy.executors import SingleThreadedExecutor
+            from rclpy.clock import Clock, ClockType
             from rclpy.qos import QoSProfile, ReliabilityPolicy
             from rclpy.signals import SignalHandlerOptions
+            from rosgraph_msgs.msg import Clock as ClockMessage
             from sensor_msgs.msg import CameraInfo, CompressedImage, Image, TimeReference
         except ImportError as error:
             raise LiveError(f"a live run needs ROS 2 (without it: --offline): {error}") from error
@@ -182,6 +189,11 @@ class _Link:
             CompressedImage if bag.compressed else Image, image_topic, qos
         )
         self._infos = self._node.create_publisher(CameraInfo, info_topic, qos)
+        self._clock: _PlayedClock | None = None
+        self._clock_message = ClockMessage
+        self._clocks = self._node.create_publisher(ClockMessage, CLOCK, QoSProfile(depth=1))
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self._node.create_timer(CLOCK_PERIOD, self._publish_clock, clock=steady)
         classes = {IMAGE: Image, TIME_REFERENCE: TimeReference}
         self._wanted = []
         for topic, message_type in OUTPUT_TYPES.items():
@@ -215,6 +227,21 @@ class _Link:
             self._node.count_publishers(topic) > 0 for topic in self._wanted
         )
 
+    def start_clock(self, clock: _PlayedClock) -> bool:
+        """Publish the recording's time from now on; False, and nothing, if another node publishes one."""
+        if self._node.count_publishers(CLOCK) > 1:
+            return False
+        self._clock = clock
+        self._publish_clock()
+        return True
+
+    def _publish_clock(self) -> None:
+        clock = self._clock
+        if clock is not None:
+            message = self._clock_message()
+            message.clock.sec, message.clock.nanosec = divmod(clock.now(), NS)
+            self._clocks.publish(message)
+
     def publish(self, frame: Frame) -> None:
         """Send a frame, and its camera info before it."""
         if frame.info is not None:
@@ -227,6 +254,27 @@ class _Link:
         self._thread.join(STOP_SECONDS)
         self._node.destroy_node()
         self._context.try_shutdown()
+
+
+@dataclass(frozen=True)
+class _PlayedClock:
+    """The recording's time while it is played.
+
+    Attributes:
+        begin: monotonic seconds at which `stamp` (ns) is played; rate: seconds of the recording to a second.
+    """
+
+    begin: float
+    stamp: int
+    rate: float
+
+    def now(self) -> int:
+        """Nanoseconds."""
+        return self.stamp + round((time.monotonic() - self.begin) * self.rate * NS)
+
+    def delay(self, stamp: int) -> float:
+        """Seconds from now until the time `stamp` (ns) is played."""
+        return self.begin + (stamp - self.stamp) / NS / self.rate - time.monotonic()
 
 
 class _Answers:
@@ -279,6 +327,8 @@ def run_live(
     progress: Progress = lambda: None,
 ) -> Run:
     """Play the bag to a node and write what it answers.
+
+    `/clock` has the recording's time meanwhile, unless another node publishes one.
 
     Args:
         log: where the output of a node started here goes.
@@ -368,13 +418,13 @@ def _play(
     progress: Progress,
 ) -> None:
     """Publish each frame when it is due."""
-    begin = first_stamp = None
+    clock: _PlayedClock | None = None
     for index, frame in enumerate(bag.frames()):
-        if begin is None:
-            begin, first_stamp = time.monotonic(), frame.stamp
-        delay = begin + (frame.stamp - first_stamp) / 1e9 / rate - time.monotonic()
-        if delay > 0:
-            time.sleep(delay)
+        if clock is None:
+            clock = _PlayedClock(time.monotonic(), frame.stamp, rate)
+            if not link.start_clock(clock):
+                run.notes.append(f"{CLOCK} was left to another node that publishes it")
+        time.sleep(max(0.0, clock.delay(frame.stamp)))
         held_back = is_held_back(index, hold_back)
         if held_back:
             run.held_back += 1

@@ -11,6 +11,7 @@ from qpwc_core.machine import available_cores
 from qpwc_core.runtime.models import DEFAULT_PRECISION
 from qpwc_ros.replay import evaluate, methods, pictures, report
 from qpwc_ros.replay.bag import Bag
+from qpwc_ros.replay.depth_truth import DepthSource, DepthTruth
 from qpwc_ros.replay.output import METRICS, replaced_directory
 from qpwc_ros.replay.results import ResultsWriter
 from qpwc_ros.replay.run import SUBJECT, Run
@@ -29,6 +30,7 @@ class Options:
     """How to replay; see the command's `--help`. It can be sent to another process.
 
     Attributes:
+        truth: a topic or a directory with the true flow; depth_truth: what to compute it from instead.
         command: the command line, as the report shall show it.
     """
 
@@ -41,7 +43,9 @@ class Options:
     threads: int | None = None
     compare: str | None = None
     truth: str | None = None
+    depth_truth: DepthSource | None = None
     rate: float = 1.0
+    sim_time: bool = False
     node: str | None = None
     image_topic: str | None = None
     confidence: bool = False
@@ -51,7 +55,17 @@ class Options:
     def hold_back(self) -> bool:
         """Whether every second frame is kept from the estimator."""
         # The truth is between neighbouring frames, so none of them may be missing.
-        return not (self.all_frames or self.truth)
+        return not (self.all_frames or self.truth_name)
+
+    @property
+    def truth_topics(self) -> tuple[str, ...]:
+        """Topics that may look like a camera's, and are ground truth."""
+        return (self.depth_truth.depth,) if self.depth_truth else (self.truth,) if self.truth else ()
+
+    @property
+    def truth_name(self) -> str | None:
+        """What to call the ground truth; None if there is none."""
+        return self.depth_truth.name if self.depth_truth else self.truth
 
 
 @dataclass(frozen=True)
@@ -87,16 +101,19 @@ def replay_bag(path: Path, target: Path, options: Options, bar: Bar = no_bar) ->
         QpwcError: the bag, the model or the ground truth cannot be used, or `target` is something else.
         OSError: the report cannot be written.
     """
-    with Bag(path, options.topic) as bag, replaced_directory(target) as directory:
+    with (
+        Bag(path, options.topic, no_cameras=options.truth_topics) as bag,
+        replaced_directory(target) as directory,
+    ):
         subject = report.Subject(
             bag=str(path),
             topic=bag.topic,
             message_type=bag.message_type,
             frames=bag.count,
             command=options.command,
-            truth=options.truth,
+            truth=options.truth_name,
         )
-        _open_truth(options, path)  # a mistake in it shows before the work is done
+        _open_truth(options, bag)  # a mistake in it shows before the work is done
         results = directory / "results"
         with bar(bag.count, "frame", "replay") as step:
             # The writer is closed last, so that the bag has its index also after Ctrl-C.
@@ -104,7 +121,7 @@ def replay_bag(path: Path, target: Path, options: Options, bar: Bar = no_bar) ->
                 done = (_live if options.live else _offline)(options, bag, writer, directory, step)
         if bag.skipped:
             done.notes.append(f"{bag.skipped} frames were left out, their stamps did not increase")
-        truth = _open_truth(options, path)
+        truth = _open_truth(options, bag)
         with bar(2 * done.pairs, "pair", "report") as step:
             figures = evaluate.measure(results, done, truth, step)
             summaries = {name: evaluate.summarize(done, figures, name) for name in done.methods}
@@ -113,12 +130,12 @@ def replay_bag(path: Path, target: Path, options: Options, bar: Bar = no_bar) ->
                 done.max_interval,
                 figures,
                 directory / "side_by_side.mp4",
-                _open_truth(options, path),
+                _open_truth(options, bag),
                 step,
             )
         done.notes += truth.notes
-        if options.truth and not summaries[SUBJECT]["pairs_with_truth"]:
-            done.notes.append(f"no pair has ground truth in {options.truth}: no stamp fits")
+        if options.truth_name and not summaries[SUBJECT]["pairs_with_truth"]:
+            done.notes.append(f"no pair has ground truth in {options.truth_name}: no stamp fits")
         differences = evaluate.differences(figures)
         for number, pair in enumerate(chosen, 1):
             pictures.save(pair, directory, number)
@@ -138,8 +155,10 @@ def replay_bag(path: Path, target: Path, options: Options, bar: Bar = no_bar) ->
     )
 
 
-def _open_truth(options: Options, path: Path) -> Truth:
-    return open_truth(options.truth, path) if options.truth else NO_TRUTH
+def _open_truth(options: Options, bag: Bag) -> Truth:
+    if options.depth_truth:
+        return DepthTruth(bag.path, options.depth_truth, bag.topic)
+    return open_truth(options.truth, bag.path) if options.truth else NO_TRUTH
 
 
 def _max_interval(bag: Bag, hold_back: bool) -> int:
@@ -180,7 +199,9 @@ def _live(options: Options, bag: Bag, writer: ResultsWriter, directory: Path, st
         bag,
         writer,
         log=directory / "node.log",
-        options=NodeOptions(options.estimator, options.model, options.precision, options.threads),
+        options=NodeOptions(
+            options.estimator, options.model, options.precision, options.threads, options.sim_time
+        ),
         running_node=options.node,
         image_topic=options.image_topic,
         hold_back=options.hold_back,

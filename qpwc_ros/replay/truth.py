@@ -1,4 +1,7 @@
-"""Ground truth for the flow: a topic of the bag, or a directory of flow files named by their stamps."""
+"""Ground truth for the flow: a topic of the bag, or a directory of flow files named by their stamps.
+
+What is computed from depth and poses is in depth_truth.py.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Truth(Protocol):
         """Take note of true flow that could not be used."""
 
 
-class _Notes:
+class Notes:
     """Counts what could not be used, and says so in one line."""
 
     def __init__(self, source: str) -> None:
@@ -68,7 +71,7 @@ class _Notes:
         ]
 
 
-class _NoTruth(_Notes):
+class _NoTruth(Notes):
     def lookup(self, previous_stamp: int, stamp: int) -> None:
         return None
 
@@ -76,7 +79,7 @@ class _NoTruth(_Notes):
 NO_TRUTH: Truth = _NoTruth("")
 
 
-class DirectoryTruth(_Notes):
+class DirectoryTruth(Notes):
     """Flow files (.flo, KITTI's .png, .npy) named by stamp.
 
     `STAMP.flo` is the flow from the frame before to the frame of that stamp, `FROM-TO.flo` (or FROM_TO) says
@@ -120,7 +123,7 @@ def _stamps(name: str) -> list[int] | None:
     return [round(Decimal(part) * NS) if "." in part else int(part) for part in parts]
 
 
-class TopicTruth(_Notes):
+class TopicTruth(Notes):
     """A 32FC2 topic of the bag, stamped and directed as the node's `~/flow`: from the previous frame to its own.
 
     With a TimeReference topic `TOPIC/interval` beside it, that says which frame the flow starts at.

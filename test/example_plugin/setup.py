@@ -9,6 +9,9 @@ setup(
             "mean_velocity = qpwc_example_plugin.plugins:MeanVelocityOutput",
             "faulty = qpwc_example_plugin.plugins:FaultyOutput",
         ],
-        "qpwc_ros.estimators": ["slow = qpwc_example_plugin.plugins:SlowEstimator"],
+        "qpwc_ros.estimators": [
+            "slow = qpwc_example_plugin.plugins:SlowEstimator",
+            "held = qpwc_example_plugin.plugins:HeldEstimator",
+        ],
     },
 )

@@ -1,8 +1,9 @@
-"""An output that is useful, one that is broken, and an estimator that takes its time."""
+"""An output that is useful, one that is broken, and estimators that take their time."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from geometry_msgs.msg import Vector3Stamped
 
@@ -59,4 +60,22 @@ class SlowEstimator(DisEstimator):
 
     def match(self, prev, next):
         time.sleep(0.1)
+        return super().match(prev, next)
+
+
+class HeldEstimator(DisEstimator):
+    """DIS that finishes no match while a file is there, and makes another file when it begins to wait."""
+
+    parameters = (
+        ParameterSpec("held_gate", "", "File at whose absence matches end; <file>.reached tells of waiting."),
+    )
+
+    def __init__(self, options):
+        super().__init__({**options, "dis_preset": "ultrafast"})
+        self._gate, self._reached = Path(options["held_gate"]), Path(options["held_gate"] + ".reached")
+
+    def match(self, prev, next):
+        while self._gate.is_file():
+            self._reached.touch()
+            time.sleep(0.01)
         return super().match(prev, next)
