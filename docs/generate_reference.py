@@ -118,7 +118,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_value, value))
     # What would be read as nothing, or as a number, is quoted.
     return f'`"{value}"`' if isinstance(value, str) and (not value or value.isdigit()) else str(value)
 
