@@ -1,5 +1,6 @@
 # make demo    the bundled bag through the node, over DDS: out/demo/
 # make test    every test, in an environment of its own
+# make weights a training recipe, CONFIG: out/recipes/NAME
 # make docs    the documentation as a site: out/site/
 # make lint    ruff
 # make clean   remove what these made
@@ -15,6 +16,7 @@ DEMO_BAG ?= test/data/city
 DEMO_OUT ?= out/demo
 DEMO_OPTIONS ?=
 TEST_OPTIONS ?=
+CONFIG ?= config/recipes/qpwc_fast.yaml
 
 # ROS 2 counts as sourced when ROS_DISTRO is set and rclpy can be imported. Its messages are compiled against
 # one major version of numpy, and that is the one to stay with.
@@ -39,13 +41,19 @@ else
     $(if $(_ROS_WHEELS_BOOTSTRAP_COMPLETE),-u LD_LIBRARY_PATH)
 endif
 
-.PHONY: demo test docs lint clean
+# What TensorFlow needs and other groups have pinned before it is in build and replay.
+WEIGHTS_REQUIREMENTS := build runtime replay train
+
+.PHONY: demo test weights docs lint clean
 
 demo: .venv/installed
 	@$(ENV) .venv/bin/qpwc replay $(DEMO_BAG) --live --report $(DEMO_OUT) $(DEMO_OPTIONS)
 
 test: .venv-test/installed
 	@$(ENV) TF_USE_LEGACY_KERAS=1 .venv-test/bin/python -m pytest $(TEST_OPTIONS)
+
+weights: .venv-weights/ready
+	@$(ENV) TF_USE_LEGACY_KERAS=1 .venv-weights/bin/python training/recipe.py $(CONFIG)
 
 docs: .venv-docs/ready
 	@$(ENV) NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
@@ -55,7 +63,7 @@ lint: .venv-test/installed
 	@$(ENV) .venv-test/bin/ruff check .
 
 clean:
-	rm -rf .venv .venv-test .venv-docs out build .pytest_cache .ruff_cache qpwc_ros.egg-info
+	rm -rf .venv .venv-test .venv-weights .venv-docs out build .pytest_cache .ruff_cache qpwc_ros.egg-info
 
 # The package itself is installed anew when a file of it is newer; the rest of an environment when a pin is.
 SOURCES := setup.py setup.cfg package.xml \
@@ -66,6 +74,10 @@ SOURCES := setup.py setup.cfg package.xml \
 
 .venv-test/ready: $(TEST_REQUIREMENTS:%=requirements/%.txt)
 	$(call environment,.venv-test,$(TEST_REQUIREMENTS))
+
+# Without this package: training/'s programs run from this directory.
+.venv-weights/ready: $(WEIGHTS_REQUIREMENTS:%=requirements/%.txt)
+	$(call environment,.venv-weights,$(WEIGHTS_REQUIREMENTS))
 
 # Of its own, since nothing but the site needs it, and the site nothing else.
 .venv-docs/ready: requirements/docs.txt

@@ -50,6 +50,7 @@ setup(
             "tf-keras>=2.16",
             "tensorflow-model-optimization>=0.8",
             "tensorboard>=2.16",
+            "pyyaml>=6",
         ],
         "test": ["pytest>=7,<9", "hypothesis>=6", "pyyaml>=6", "setuptools>=61"],
     },

@@ -124,6 +124,8 @@ def write(groups: tuple[str, ...], resolved: dict[str, dict[str, tuple[str, set[
     for group in groups:
         names = [named(requirement) for requirement in direct(group)]
         wanted = set().union(*(closure(names, found) for found in resolved.values())) - placed
+        # What a group names itself stays in it, although an earlier one has it too: it may be installed without that.
+        wanted |= {name for name in names if any(name in found for found in resolved.values())}
         placed |= wanted
         body = [f"# Made by lock.py from {group}.in for Python {', '.join(pythons)}. Edit that, not this."]
         for name in sorted(wanted):

@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 
 from qpwc_core.data.render import Sample
-from qpwc_core.data.scenes import Layer, translation
+from qpwc_core.data.homographies import translation
+from qpwc_core.data.layers import Layer
 from qpwc_core.data.textures import CUTOUT_SIZE, MASK_SIZE, PHOTO_SIZE, TextureBank, procedural_bank
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import multiprocessing
 import threading
@@ -21,7 +22,8 @@ from qpwc_core.data.pipeline import (
     worker_batches,
 )
 from qpwc_core.data.render import Sample, render
-from qpwc_core.data.scenes import Scene, SceneConfig, translation
+from qpwc_core.data.homographies import translation
+from qpwc_core.data.layers import Scene, SceneConfig
 from qpwc_core.data.textures import save_bank
 
 HEIGHT, WIDTH = 64, 96
@@ -119,6 +121,41 @@ def test_the_validation_set_is_always_the_same(config):
     for a, b in zip(first, same):
         np.testing.assert_array_equal(a.next, b.next)
         np.testing.assert_array_equal(a.flow, b.flow)
+
+
+def test_the_validation_set_does_not_change_with_the_code():
+    """Figures in the documentation are on these samples. What is added to training's scenes must stay out."""
+    digest = hashlib.sha256()
+    for sample in validation_samples(64, 96, 6, None):
+        for array in (sample.prev, sample.next, sample.flow, sample.valid, sample.occluded):
+            digest.update(array.tobytes())
+    assert digest.hexdigest() == "d8a9bfeea953b984a5ce1323e4fe09181e5b36fb5c24e2868a4e56adab12a7c9"
+
+
+def calm(**changes) -> AugmentConfig:
+    """Nothing but these."""
+    chances = ("blur_chance", "jpeg_chance", "fog_chance", "night_chance", "shade_chance")
+    return AugmentConfig(**{"color": 0.0, "exposure": 0.0, "noise": 0.0, **dict.fromkeys(chances, 0.0), **changes})
+
+
+def test_night_is_dark_and_noisy(sample):
+    day = photometric(sample, np.random.default_rng(0), calm())
+    np.testing.assert_array_equal(day.prev, sample.prev)
+    for seed in range(5):
+        night = photometric(sample, np.random.default_rng(seed), calm(night_chance=1.0, night_noise=0.0))
+        noisy = photometric(sample, np.random.default_rng(seed), calm(night_chance=1.0, night_noise=25.0))
+        assert night.prev.mean() < 0.75 * sample.prev.mean() and night.flow is sample.flow
+        assert visible_error(night).max() <= 1  # dark, and still matchable
+        assert 0 < np.abs(noisy.prev.astype(int) - night.prev).mean() < 25
+
+
+def test_shade_changes_smoothly_over_the_second_frame_alone(sample):
+    shaded = photometric(sample, np.random.default_rng(3), calm(shade_chance=1.0))
+    np.testing.assert_array_equal(shaded.prev, sample.prev)
+    bright = sample.next.min(axis=-1) > 60
+    light = np.where(bright, shaded.next[..., 0] / np.maximum(sample.next[..., 0], 1), np.nan)
+    assert np.nanstd(light) > 0.02
+    assert np.nanmax(np.abs(np.diff(light, axis=1))) < 0.1
 
 
 def test_a_pipeline_survives_json(config):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from data_scenes import back_warped, background, small_bank, smooth_bank, square, visible_error
 
-from qpwc_core.data import scenes
+from qpwc_core.data import layers, scenes
 from qpwc_core.data.render import render, render_frame, render_triplet
-from qpwc_core.data.scenes import Layer, Scene, SceneConfig, about, apply_homography, scaling, translation
+from qpwc_core.data.homographies import about, apply_homography, rotation, scaling, translation
+from qpwc_core.data.layers import Layer, Scene, SceneConfig
 
 HEIGHT, WIDTH = 96, 128
 BANK = smooth_bank()
@@ -69,7 +70,7 @@ def test_shrunk_textures_stay_in_place(zoom):
 def test_a_bent_layer_has_the_flow_that_its_picture_shows():
     """The flow of a bend comes from a fixed-point iteration, which must have converged on strong bends."""
     for seed in range(5):
-        bend = scenes._bend(np.random.default_rng(seed), 40.0, WIDTH, SceneConfig(height=HEIGHT, width=WIDTH))
+        bend = layers.sample_bend(np.random.default_rng(seed), 40.0, SceneConfig(height=HEIGHT, width=WIDTH))
         sample = render_layers(background(translation(2, 1), bend=bend))
         moved = sample.flow - np.float32([2, 1])
         assert np.abs(moved).max() > 1
@@ -183,5 +184,5 @@ def test_no_layer_moves_farther_than_the_limit():
 def test_helpers_of_homographies():
     points = np.array([[1.0, 2.0], [3.0, 4.0]])
     np.testing.assert_allclose(apply_homography(translation(1, -1), points), points + [1, -1])
-    turned = about((1.0, 2.0), scenes.rotation(np.pi / 2))
+    turned = about((1.0, 2.0), rotation(np.pi / 2))
     np.testing.assert_allclose(apply_homography(turned, points), [[1, 2], [-1, 4]], atol=1e-12)

@@ -359,6 +359,7 @@ def test_the_mean_error_counts_valid_pixels_only():
         ({"motion": (5.0, 1.0)}, "motion must be two positive numbers"),
         ({"motion": (0.0, 1.0)}, "motion must be two positive numbers"),
         ({"dataset": "chairs"}, "both its name"),
+        ({"occluded_weight": 1.5}, "occluded_weight must lie between 0 and 1, got 1.5"),
         ({"reuse": 0}, "reuse must be at least 1, got 0"),
         ({"frozen_levels": 2}, "frozen_levels needs initial"),
         ({"only_fresh": 1}, "only_fresh needs initial"),

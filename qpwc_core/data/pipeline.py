@@ -17,8 +17,9 @@ import numpy as np
 from qpwc_core.data.augment import AugmentConfig, augment
 from qpwc_core.data.datasets import FLOW_DATASETS, read_endlessly
 from qpwc_core.data.geometric import CropConfig, random_crop
+from qpwc_core.data.layers import SceneConfig
 from qpwc_core.data.render import Sample, render, render_triplet
-from qpwc_core.data.scenes import SceneConfig, sample_scene
+from qpwc_core.data.scenes import sample_scene
 from qpwc_core.data.textures import TextureBank, load_bank, procedural_bank
 from qpwc_core.errors import QpwcError
 
@@ -227,12 +228,27 @@ def validation_samples(
 ) -> list[Sample]:
     """The fixed synthetic validation set: the same arguments always give the same samples.
 
-    Photometric changes are on, as in training; the texture archive must be the validation one.
+    Photometric changes are on; the texture archive must be the validation one. Every option that training's
+    scenes and augmentation have gained since is named here and off, so that figures stay comparable.
     """
     config = PipelineConfig(
         scene=SceneConfig(
-            height=height, width=width, motion=(0.5, 64.0), motion_limit=150.0, bend_gradient=0.08, bend_share=0.3
+            height=height,
+            width=width,
+            motion=(0.5, 64.0),
+            motion_limit=150.0,
+            bend_gradient=0.08,
+            bend_share=0.3,
+            relief_chance=0.0,
+            slow_chance=0.0,
+            ground_chance=0.0,
+            smooth_chance=0.0,
+            thin_chance=0.0,
+            defocus_chance=0.0,
+            blur_chance=0.0,
+            rolling_chance=0.0,
         ),
+        augment=AugmentConfig(night_chance=0.0, shade_chance=0.0),
         textures=textures,
         reuse=1,
     )

@@ -10,10 +10,23 @@ import dataclasses
 import cv2
 import numpy as np
 
-from qpwc_core.data.scenes import Layer, Scene, apply_homography, scaling, translation
+from qpwc_core.data.homographies import motion_at
+from qpwc_core.data.layers import Layer, Scene
+from qpwc_core.data.sampling import (
+    Box,
+    bounding_box,
+    defocus,
+    edge_alpha,
+    rows_around,
+    sample_receding,
+    sample_texture,
+)
 from qpwc_core.data.textures import TextureBank
 
 _FIXED_POINT_STEPS = 6
+# A rolling shutter's iteration contracts by rolling * (rows moved) / height, at most about one half.
+_ROLLING_STEPS = 14
+_ROLLING_TOLERANCE = 2e-3
 
 
 @dataclasses.dataclass
@@ -34,76 +47,51 @@ class Sample:
     occluded: np.ndarray
 
 
-def _box(matrix: np.ndarray, size: int, margin: float, height: int, width: int) -> tuple[int, int, int, int] | None:
-    """Bounding box (x0, y0, x1, y1) in the frame of a texture's square, or None if outside."""
-    corners = np.array([[0, 0], [size, 0], [0, size], [size, size]], np.float64)
-    depth = corners @ matrix[2, :2] + matrix[2, 2]
-    if (depth <= 1e-6).any():
-        return 0, 0, width, height
-    points = apply_homography(matrix, corners)
-    x0, y0 = np.floor(points.min(axis=0) - margin).astype(int)
-    x1, y1 = np.ceil(points.max(axis=0) + margin).astype(int) + 1
-    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+def _paint(
+    layer: Layer, bank: TextureBank, motion: np.ndarray, bend: np.ndarray | None, height: int, width: int
+) -> tuple[Box, np.ndarray, np.ndarray | None] | None:
+    """(box, colour uint8 hxwx3, alpha float32 hxw) of a layer in one frame, or None if outside.
 
-
-def _shrink(texture: np.ndarray, matrix: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Halves a texture until it is no longer minified, so that sampling it bilinearly does not alias."""
-    # Area scale of texture → frame at the texture's centre.
-    point = np.append(centre, 1.0)
-    scale = np.sqrt(abs(np.linalg.det(matrix)) / max(abs(matrix[2] @ point), 1e-6) ** 3)
-    while scale < 0.7 and min(texture.shape[:2]) >= 16:
-        texture = cv2.resize(texture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-        # A pixel of the half-size texture lies between two of the full one: x -> 2 x + 0.5.
-        matrix = matrix @ translation(0.5, 0.5) @ scaling(2, 2)
-        scale *= 2
-    return texture, matrix
-
-
-def _sample(texture: np.ndarray, to_frame: np.ndarray, bend: np.ndarray | None, box, border: int) -> np.ndarray:
-    """The texture seen in the box of a frame; ``bend`` is full-size, HxWx2, or None."""
-    x0, y0, x1, y1 = box
-    centre = np.array([texture.shape[1] / 2, texture.shape[0] / 2])
-    texture, to_frame = _shrink(texture, to_frame, centre)
-    to_box = translation(-x0, -y0) @ to_frame
-    size = (x1 - x0, y1 - y0)
-    if bend is None:
-        return cv2.warpPerspective(texture, to_box, size, flags=cv2.INTER_LINEAR, borderMode=border)
-    inverse = np.linalg.inv(to_frame)
-    x, y = np.meshgrid(np.arange(x0, x1, dtype=np.float32), np.arange(y0, y1, dtype=np.float32))
-    x = x + bend[y0:y1, x0:x1, 0]
-    y = y + bend[y0:y1, x0:x1, 1]
-    m = inverse.astype(np.float32)
-    w = 1.0 / (m[2, 0] * x + m[2, 1] * y + m[2, 2])
-    u = (m[0, 0] * x + m[0, 1] * y + m[0, 2]) * w
-    v = (m[1, 0] * x + m[1, 1] * y + m[1, 2]) * w
-    return cv2.remap(texture, u, v, cv2.INTER_LINEAR, borderMode=border)
-
-
-def _paint(layer: Layer, bank: TextureBank, to_frame: np.ndarray, bend, height: int, width: int):
-    """(box, colour float32 hxwx3, alpha float32 hxw) of a layer in one frame, or None if outside."""
+    Args:
+        motion: frame 0 → this frame, 3x3 or, with one matrix per row, Hx3x3.
+        bend: None, or float32 HxWx2: what it is in this frame.
+    """
+    to_frame = motion @ layer.to_frame0
     margin = 0.0 if bend is None else max(float(bend.max()), -float(bend.min())) + 1.0
+    if layer.defocus:
+        margin += layer.defocus + 1.0
     if layer.kind == "cutout":
         texture = bank.cutouts[layer.texture]
-        box = _box(to_frame, texture.shape[0], margin, height, width)
+        box = bounding_box(to_frame, texture.shape[0], margin, height, width)
         if box is None:
             return None
-        rgba = _sample(texture, to_frame, bend, box, cv2.BORDER_CONSTANT)
-        return box, rgba[..., :3], rgba[..., 3].astype(np.float32) * (layer.opacity / 255)
-    texture = bank.photos[layer.texture]
-    if layer.mask is None:
-        box = (0, 0, width, height)
-        return box, _sample(texture, to_frame, bend, box, cv2.BORDER_REFLECT), None
-    mask = bank.masks[layer.mask]
-    box = _box(to_frame, mask.shape[0], margin, height, width)
-    if box is None:
-        return None
-    alpha = _sample(mask, to_frame, bend, box, cv2.BORDER_CONSTANT)
-    color = _sample(texture, to_frame @ layer.texture_to_mask, bend, box, cv2.BORDER_REFLECT)
-    return box, color, alpha.astype(np.float32) * (layer.opacity / 255)
+        rgba = sample_texture(texture, to_frame, bend, box, cv2.BORDER_CONSTANT)
+        color, alpha = rgba[..., :3], rgba[..., 3].astype(np.float32) * (layer.opacity / 255)
+    elif layer.edge is not None:
+        alpha = edge_alpha(layer.edge, motion, height, width)
+        box = rows_around(alpha, margin)
+        if box is None:
+            return None
+        color = sample_receding(bank.photos[layer.texture], to_frame, bend, box)
+        alpha = alpha[box[1] : box[3]]
+    elif layer.mask is None:
+        box, alpha = (0, 0, width, height), None
+        color = sample_texture(bank.photos[layer.texture], to_frame, bend, box, cv2.BORDER_REFLECT)
+    else:
+        mask = bank.masks[layer.mask]
+        box = bounding_box(to_frame, mask.shape[0], margin, height, width)
+        if box is None:
+            return None
+        alpha = sample_texture(mask, to_frame, bend, box, cv2.BORDER_CONSTANT)
+        photo, to_mask = bank.photos[layer.texture], layer.texture_to_mask
+        color = sample_texture(photo, to_frame @ to_mask, bend, box, cv2.BORDER_REFLECT)
+        alpha = alpha.astype(np.float32) * (layer.opacity / 255)
+    if layer.defocus:
+        color, alpha = defocus(color, alpha, layer.defocus)
+    return box, color, alpha
 
 
-def _layer_flow(layer: Layer, bend: np.ndarray | None, box) -> np.ndarray:
+def _layer_flow(layer: Layer, bend: np.ndarray | None, scene: Scene, box: Box) -> np.ndarray:
     """Exact flow of a layer for the pixels of a box of frame 0, float32 hxwx2."""
     x0, y0, x1, y1 = box
     x = np.arange(x0, x1, dtype=np.float64)[None]
@@ -132,28 +120,71 @@ def _layer_flow(layer: Layer, bend: np.ndarray | None, box) -> np.ndarray:
     return target
 
 
+def _rolling_flow(layer: Layer, bend: np.ndarray | None, scene: Scene, box: Box) -> np.ndarray:
+    """As ``_layer_flow`` where each row is seen at a time of its own.
+
+    A point seen in row y of frame 0 at its time t0(y) is seen in frame 1 in the row that it has reached when
+    that row is seen: q = position(t1(q_y)), solved by fixed point. Rows above and below the frame are taken
+    to have times as well, as far as whole frame intervals around that of frame 1.
+    """
+    x0, y0, x1, y1 = box
+    x, y = np.meshgrid(np.arange(x0, x1, dtype=np.float32), np.arange(y0, y1, dtype=np.float32))
+    times = scene.row_times(0.0)[y0:y1]
+    back = np.linalg.inv(motion_at(layer.motion, times))
+    unbent_x, unbent_y = x, y
+    if bend is not None:
+        shares = times.astype(np.float32)[:, None]
+        unbent_x = x + shares * bend[y0:y1, x0:x1, 0]
+        unbent_y = y + shares * bend[y0:y1, x0:x1, 1]
+
+    def position(time: int) -> list[np.ndarray]:
+        """Homogeneous coordinates, hxw each, of what each pixel shows, at a whole time."""
+        rows = (motion_at(layer.motion, time) @ back).astype(np.float32)[..., None]
+        return [rows[:, i, 0] * unbent_x + rows[:, i, 1] * unbent_y + rows[:, i, 2] for i in range(3)]
+
+    # Between whole times ``motion_at`` is linear.
+    start, middle, end = (position(time) for time in (0, 1, 2))
+    before = [one - zero for one, zero in zip(middle, start)]
+    after = [two - one for two, one in zip(end, middle)]
+    target_x, target_y = x, y
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for _ in range(_ROLLING_STEPS):
+            since = np.clip(np.float32(scene.rolling) * (target_y / scene.height - np.float32(0.5)), -1, 1)
+            later = since > 0
+            w, moved_x, moved_y = (
+                middle[i] + since * np.where(later, after[i], before[i]) for i in (2, 0, 1)
+            )
+            moved_x, moved_y = moved_x / w, moved_y / w
+            if bend is not None:
+                shift = cv2.remap(bend, target_x, target_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+                moved_x = moved_x - (1 + since) * shift[..., 0]
+                moved_y = moved_y - (1 + since) * shift[..., 1]
+            change = np.maximum(np.abs(moved_x - target_x), np.abs(moved_y - target_y))
+            target_x, target_y = moved_x, moved_y
+            # Where a plane passes the camera nothing converges, nor is it valid: "not (change > tolerance)".
+            if not (change > _ROLLING_TOLERANCE).any():
+                break
+    return np.stack([target_x - x, target_y - y], axis=-1)
+
+
 def _full_bend(layer: Layer, scene: Scene) -> np.ndarray | None:
     if layer.bend is None:
         return None
     return cv2.resize(layer.bend, (scene.width, scene.height), interpolation=cv2.INTER_CUBIC)
 
 
-def render_frame(scene: Scene, bank: TextureBank, time: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a scene at an integer time: 0 is frame 0, 1 is frame 1, -1 the motion run backwards.
-
-    Returns:
-        The frame, uint8 HxWx3, and for each pixel the index of the nearest layer that covers at least half
-        of it, uint8 HxW.
-    """
+def _draw(scene: Scene, bank: TextureBank, time: float) -> tuple[np.ndarray, np.ndarray]:
+    """One instant of a frame, as ``render_frame`` without exposure."""
     height, width = scene.height, scene.width
     frame = np.zeros((height, width, 3), np.uint8)
     owner = np.zeros((height, width), np.uint8)
+    times = scene.row_times(time)
     for index, layer in enumerate(scene.layers):
-        bend = _full_bend(layer, scene) if time else None
+        bend = _full_bend(layer, scene) if np.any(times) else None
         if bend is not None:
-            bend = bend * time
-        to_frame = np.linalg.matrix_power(layer.motion, time) @ layer.to_frame0
-        painted = _paint(layer, bank, to_frame, bend, height, width)
+            share = np.asarray(times, np.float32)
+            bend = bend * (share[:, None, None] if share.ndim else share)
+        painted = _paint(layer, bank, motion_at(layer.motion, times), bend, height, width)
         if painted is None:
             continue
         (x0, y0, x1, y1), color, alpha = painted
@@ -166,16 +197,41 @@ def render_frame(scene: Scene, bank: TextureBank, time: int) -> tuple[np.ndarray
     return frame, owner
 
 
+def render_frame(scene: Scene, bank: TextureBank, time: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a scene at an integer time: 0 is frame 0, 1 is frame 1, -1 the motion run backwards.
+
+    Returns:
+        The frame, uint8 HxWx3: the mean over the exposure. And for each pixel the index of the nearest layer
+        that covers at least half of it at the middle of the exposure, uint8 HxW.
+    """
+    instants = scene.instants(time)
+    if len(instants) == 1:
+        return _draw(scene, bank, instants[0])
+    total = np.zeros((scene.height, scene.width, 3), np.float32)
+    for index, instant in enumerate(instants):
+        frame, covered = _draw(scene, bank, instant)
+        cv2.accumulate(frame, total)
+        if index == len(instants) // 2:
+            owner = covered
+    return cv2.convertScaleAbs(total, alpha=1 / len(instants)), owner
+
+
 def scene_flow(scene: Scene, owner: np.ndarray) -> np.ndarray:
-    """Exact flow from frame 0 to frame 1 of the layer that owns each pixel, float32 HxWx2."""
+    """Exact flow from frame 0 to frame 1 of the layer that owns each pixel, float32 HxWx2.
+
+    It belongs to the middle of the exposure, where a frame has one.
+    """
     flow = np.zeros((scene.height, scene.width, 2), np.float32)
+    of_layer = _rolling_flow if scene.rolling else _layer_flow
     for index in np.unique(owner):
         layer = scene.layers[index]
-        mine = owner == index
-        rows, columns = np.flatnonzero(mine.any(axis=1)), np.flatnonzero(mine.any(axis=0))
-        x0, y0, x1, y1 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        here = mine[y0:y1, x0:x1]
-        flow[y0:y1, x0:x1][here] = _layer_flow(layer, _full_bend(layer, scene), (x0, y0, x1, y1))[here]
+        mine = (owner == index).view(np.uint8)
+        x0, y0, columns, rows = cv2.boundingRect(mine)
+        x1, y1 = x0 + columns, y0 + rows
+        moved = of_layer(layer, _full_bend(layer, scene), scene, (x0, y0, x1, y1))
+        # OpenCV's masked copy is many times faster than indexing with a mask.
+        part = np.ascontiguousarray(flow[y0:y1, x0:x1])
+        flow[y0:y1, x0:x1] = cv2.copyTo(moved, np.ascontiguousarray(mine[y0:y1, x0:x1]), part)
     return flow
 
 

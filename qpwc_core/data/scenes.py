@@ -3,7 +3,8 @@
 A scene is a stack of textured planes, back to front, seen by a camera that moves between two frames. Each
 plane carries a homography that takes its texture to frame 0, and one that takes frame 0 to frame 1: the
 camera's rotation and translation (nearer planes move more) times the plane's own motion. A layer may also
-bend: a smooth displacement of frame 1.
+bend: a smooth displacement of frame 1. Scenes whose planes are the ground and what stands on it are in
+``ground``.
 """
 
 from __future__ import annotations
@@ -12,94 +13,26 @@ import dataclasses
 
 import numpy as np
 
+from qpwc_core.data.ground import sample_ground_layers
+from qpwc_core.data.homographies import (
+    about,
+    apply_homography,
+    rotation,
+    rotation_x,
+    rotation_y,
+    scaling,
+    translation,
+)
+from qpwc_core.data.layers import (
+    Layer,
+    Scene,
+    SceneConfig,
+    pick_background,
+    pick_mask,
+    sample_bend,
+    sample_relief,
+)
 from qpwc_core.data.textures import CUTOUT_SIZE, MASK_SIZE, TextureBank
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneConfig:
-    """Ranges that scenes are drawn from; lengths in pixels of the frame.
-
-    Attributes:
-        height, width: frame size.
-        objects: smallest and largest number of foreground layers.
-        object_size: smallest and largest object as a fraction of the frame's shorter side.
-        motion: range of the scene's typical motion, drawn log-uniformly.
-        motion_limit: no layer's centre moves farther than this.
-        bend_chance: probability that a layer bends.
-        bend_gradient, bend_share: a bend's standard deviation is at most this share of the distance over which
-            it varies, and of the scene's typical motion. Strong bends of plain surfaces cannot be seen, only
-            guessed, and make learning slow.
-    """
-
-    height: int = 192
-    width: int = 256
-    objects: tuple[int, int] = (2, 8)
-    object_size: tuple[float, float] = (0.08, 0.9)
-    motion: tuple[float, float] = (0.4, 32.0)
-    motion_limit: float = 150.0
-    bend_chance: float = 0.3
-    bend_gradient: float = 0.04
-    bend_share: float = 0.12
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One textured plane.
-
-    Attributes:
-        kind: "photo" (opaque, with ``mask`` unless it is the background) or "cutout" (its own alpha).
-        texture: index into the bank's ``photos`` or ``cutouts``.
-        mask: index into the bank's ``masks``, or None.
-        to_frame0: 3x3, texture pixel → pixel of frame 0. For masked photographs, mask pixel → frame 0.
-        texture_to_mask: 3x3 for masked photographs: texture pixel → mask pixel.
-        motion: 3x3, pixel of frame 0 → pixel of frame 1, before bending.
-        bend: None, or float32 GxGx2: pixel displacements on a coarse grid over frame 1, interpolated
-            cubically; a pixel q of frame 1 shows what the unbent layer has at q + bend(q).
-        opacity: 0..1.
-    """
-
-    kind: str
-    texture: int
-    mask: int | None
-    to_frame0: np.ndarray
-    texture_to_mask: np.ndarray | None
-    motion: np.ndarray
-    bend: np.ndarray | None = None
-    opacity: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """Layers from back to front; the first one covers the frame."""
-
-    height: int
-    width: int
-    layers: tuple[Layer, ...]
-
-
-def translation(x: float, y: float) -> np.ndarray:
-    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]], np.float64)
-
-
-def scaling(x: float, y: float) -> np.ndarray:
-    return np.diag([x, y, 1.0])
-
-
-def rotation(angle: float) -> np.ndarray:
-    """In-plane rotation by ``angle`` radians about the origin."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], np.float64)
-
-
-def about(centre: tuple[float, float], matrix: np.ndarray) -> np.ndarray:
-    """``matrix`` applied about ``centre`` instead of the origin."""
-    return translation(*centre) @ matrix @ translation(-centre[0], -centre[1])
-
-
-def apply_homography(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """3x3 applied to points ...x2."""
-    mapped = points @ matrix[:2, :2].T + matrix[:2, 2]
-    return mapped / (points @ matrix[2, :2] + matrix[2, 2])[..., None]
 
 
 def _camera_rotation(rng: np.random.Generator, config: SceneConfig, strength: float) -> np.ndarray:
@@ -107,11 +40,8 @@ def _camera_rotation(rng: np.random.Generator, config: SceneConfig, strength: fl
     focal = config.width * rng.uniform(0.6, 2.0)
     pan, tilt = rng.normal(0, strength / focal, 2)
     roll = rng.normal(0, strength / config.width)
-    about_y = np.array([[np.cos(pan), 0, np.sin(pan)], [0, 1, 0], [-np.sin(pan), 0, np.cos(pan)]])
-    about_x = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
-    about_z = rotation(roll)
     intrinsics = np.array([[focal, 0, config.width / 2], [0, focal, config.height / 2], [0, 0, 1]])
-    return intrinsics @ about_x @ about_y @ about_z @ np.linalg.inv(intrinsics)
+    return intrinsics @ rotation_x(tilt) @ rotation_y(pan) @ rotation(roll) @ np.linalg.inv(intrinsics)
 
 
 def _camera_translation(
@@ -152,20 +82,13 @@ def _limit(motion: np.ndarray, centre: tuple[float, float], limit: float) -> np.
     return translation(*back) @ motion
 
 
-def _bend(rng: np.random.Generator, strength: float, extent: float, config: SceneConfig) -> np.ndarray:
-    """Displacements on a coarse grid; their gradient stays well below 1, so that the map can be inverted."""
-    grid = int(rng.integers(4, 8))
-    cell = min(config.width, config.height) / (grid - 1)
-    amplitude = min(config.bend_gradient * cell, config.bend_share * strength + 0.3)
-    return rng.normal(0, amplitude, (grid, grid, 2)).clip(-2 * amplitude, 2 * amplitude).astype(np.float32)
-
-
-def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBank) -> Scene:
-    """Draws a scene; everything random comes from ``rng``."""
+def _layered(
+    rng: np.random.Generator, config: SceneConfig, bank: TextureBank, strength: float
+) -> tuple[Layer, ...]:
+    """A background and objects at random depths, each with its own motion besides the camera's."""
     height, width = config.height, config.width
     short = min(height, width)
     middle = (width / 2, height / 2)
-    strength = float(np.exp(rng.uniform(*np.log(config.motion))))
     camera = _camera_rotation(rng, config, 0.5 * strength * abs(rng.normal()))
     heading = rng.normal(0, 1, 3) * np.array([1.0, 0.6, rng.choice([0.3, 2.0])])
     heading /= np.linalg.norm(heading)
@@ -176,8 +99,15 @@ def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBan
         parallax = _camera_translation(heading, travel, depth, tilt, config)
         return _limit(camera @ parallax @ own, centre, config.motion_limit)
 
+    def bend_of() -> np.ndarray | None:
+        if rng.random() >= config.bend_chance:
+            return None
+        if config.relief_chance and travel and rng.random() < config.relief_chance:
+            return sample_relief(rng, strength, heading, config)
+        return sample_bend(rng, strength, config)
+
     layers = []
-    photo = int(rng.integers(len(bank.photos)))
+    photo = pick_background(rng, config, bank)
     side = bank.photos.shape[1]
     zoom = rng.uniform(0.9, 2.2) * max(height, width) / side
     place = (
@@ -187,7 +117,7 @@ def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBan
         @ translation(-side * rng.uniform(0.35, 0.65), -side * rng.uniform(0.35, 0.65))
     )
     own = _own_motion(rng, 0.4 * strength, middle, max(height, width)) if rng.random() < 0.5 else np.eye(3)
-    bend = _bend(rng, strength, width, config) if rng.random() < config.bend_chance else None
+    bend = bend_of()
     layers.append(Layer("photo", photo, None, place, None, motion_of(1.0, own, middle), bend))
 
     count = int(rng.integers(config.objects[0], config.objects[1] + 1))
@@ -209,7 +139,7 @@ def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBan
         still = rng.random() < 0.15
         own = np.eye(3) if still else _own_motion(rng, strength, centre, extent)
         motion = motion_of(float(depth), own, centre)
-        bend = _bend(rng, strength, extent, config) if rng.random() < config.bend_chance else None
+        bend = bend_of()
         opacity = rng.uniform(0.55, 0.9) if rng.random() < 0.04 else 1.0
         if use_cutout:
             layers.append(
@@ -227,7 +157,7 @@ def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBan
             Layer(
                 "photo",
                 int(rng.integers(len(bank.photos))),
-                int(rng.integers(len(bank.masks))),
+                pick_mask(rng, config, bank),
                 place,
                 texture_to_mask,
                 motion,
@@ -235,4 +165,72 @@ def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBan
                 opacity,
             )
         )
-    return Scene(height, width, tuple(layers))
+    return tuple(layers)
+
+
+def _defocused(rng: np.random.Generator, config: SceneConfig, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Puts what is behind some depth out of focus, or what is before it."""
+    radius = rng.uniform(*config.defocus_radius)
+    behind = max(1 + (layers[1].edge is not None if len(layers) > 1 else 0), 1)
+    if rng.random() < 0.6:
+        sharp_from = behind
+        if rng.random() < 0.5:
+            sharp_from = int(rng.integers(behind, len(layers) + 1))
+        blurred = range(sharp_from)
+    else:
+        blurred = range(int(rng.integers(behind, len(layers) + 1)), len(layers))
+    return tuple(
+        dataclasses.replace(layer, defocus=radius) if index in blurred else layer
+        for index, layer in enumerate(layers)
+    )
+
+
+def _longest_motion(layers: tuple[Layer, ...], config: SceneConfig) -> float:
+    """The longest displacement of a layer's middle, or of places all over a layer that fills the frame."""
+    x, y = np.meshgrid(np.linspace(0, config.width, 3), np.linspace(0, config.height, 3))
+    everywhere = np.stack([x.ravel(), y.ravel()], axis=-1)
+    longest = 0.0
+    for layer in layers:
+        points = everywhere
+        if layer.kind == "cutout" or layer.mask is not None:
+            tile = CUTOUT_SIZE if layer.kind == "cutout" else MASK_SIZE
+            points = apply_homography(layer.to_frame0, np.array([[tile / 2, tile / 2]]))
+        elif layer.edge is not None:
+            points = points[points @ layer.edge[:2] + layer.edge[2] > 0]
+        if len(points):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                moved = apply_homography(layer.motion, points) - points
+            longest = max(longest, float(np.nanmax(np.hypot(*moved.T))))
+    return longest
+
+
+def _exposure(
+    rng: np.random.Generator, config: SceneConfig, layers: tuple[Layer, ...]
+) -> tuple[float, int]:
+    """How long the shutter is open, and at how many instants to look through it."""
+    exposure = rng.uniform(*config.exposure)
+    longest = _longest_motion(layers, config)
+    exposure = min(exposure, config.blur_length / max(longest, 1e-6))
+    # Instants two to three pixels apart look like a continuous smear; an odd number has one in the middle.
+    instants = 2 * int(np.ceil(exposure * longest / 6 - 1e-9)) + 1
+    return (float(exposure), instants) if exposure * longest > 0.7 else (0.0, 1)
+
+
+def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBank) -> Scene:
+    """Draws a scene; everything random comes from ``rng``.
+
+    What has probability 0 draws nothing from ``rng``, so that a config without it keeps its scenes.
+    """
+
+    def happens(chance: float) -> bool:
+        return chance > 0 and rng.random() < chance
+
+    motion = config.slow_motion if happens(config.slow_chance) else config.motion
+    strength = float(np.exp(rng.uniform(*np.log(motion))))
+    draw_layers = sample_ground_layers if happens(config.ground_chance) else _layered
+    layers = draw_layers(rng, config, bank, strength)
+    if happens(config.defocus_chance):
+        layers = _defocused(rng, config, layers)
+    exposure, instants = _exposure(rng, config, layers) if happens(config.blur_chance) else (0.0, 1)
+    rolling = float(rng.uniform(*config.rolling)) if happens(config.rolling_chance) else 0.0
+    return Scene(config.height, config.width, layers, exposure, instants, rolling)

@@ -7,6 +7,7 @@ compact ``.npz`` (JPEG and PNG inside), which is what training machines carry.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import zipfile
 import zlib
@@ -37,6 +38,21 @@ class TextureBank:
     photos: np.ndarray
     cutouts: np.ndarray
     masks: np.ndarray
+
+    @functools.cached_property
+    def smooth_photos(self) -> np.ndarray:
+        """Indices of the photographs with little in them: neighbours eight pixels apart differ by less than
+        four grey levels in the mean (sky, walls, gradients)."""
+        coarse = self.photos[:, ::8, ::8, 1].astype(np.int16)
+        difference = [np.abs(np.diff(coarse, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
+        return np.flatnonzero(np.maximum(*difference) < 4)
+
+    @functools.cached_property
+    def thin_masks(self) -> np.ndarray:
+        """Indices of the masks that are nowhere wider than a twelfth of the tile: bars, wires, grids."""
+        inside = (self.masks > 127).astype(np.uint8)
+        widest = np.array([2 * cv2.distanceTransform(mask, cv2.DIST_L2, 3).max() for mask in inside])
+        return np.flatnonzero((widest < self.masks.shape[1] / 12) & (widest > 0))
 
 
 def is_validation(name: str) -> bool:

@@ -52,7 +52,7 @@ class TrainConfig:
         only_fresh: train only the layers that ``initial`` does not have: a new level on top of a trained network.
         frozen_levels: the encoder's levels 1 to this many keep the weights of ``initial``. They cost most of a step,
             having most pixels, and are the first to have learned what they can.
-        reuse: samples drawn from each rendered scene, see ``PipelineConfig``.
+        reuse, occluded_weight: see ``PipelineConfig``.
         refit_embeddings: pairs on which ``fit_embeddings`` sets the matching features of ``initial`` anew
             before the first step; 0 leaves them. A fresh network's are always fitted.
         validation_size, validation_count: the synthetic validation set.
@@ -82,6 +82,7 @@ class TrainConfig:
     only_fresh: int = 0
     frozen_levels: int = 0
     reuse: int = 2
+    occluded_weight: float = 0.15
     refit_embeddings: int = 0
     validation_size: tuple[int, int] = (384, 512)
     validation_count: int = 32
@@ -94,6 +95,8 @@ class TrainConfig:
         for name, least in (("batch", 1), ("steps", 0), ("epoch_steps", 1), ("validation_count", 1), ("workers", 0), ("reuse", 1), ("frozen_levels", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.occluded_weight <= 1:
+            raise ValueError(f"occluded_weight must lie between 0 and 1, got {self.occluded_weight}")
         if not 0 < self.motion[0] <= self.motion[1]:
             raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
         for name in ("initial_network", "initial_radii", "frozen_levels", "only_fresh"):
@@ -109,6 +112,7 @@ class TrainConfig:
             textures=self.textures,
             batch=self.batch,
             reuse=self.reuse,
+            occluded_weight=self.occluded_weight,
             dataset=self.dataset,
             dataset_root=self.dataset_root,
             scene_share=self.scene_share,
