@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def config():
     from qpwc_core.training.loop import TrainConfig
 
-    return TrainConfig(height=64, width=96, batch=2, steps=6, warmup=2, learning_rate=1e-3)
+    # Small steps: Adam divides by the gradient's size, so where a gradient is nothing but rounding, which two compilers
+    # do differently, it moves a weight by a whole learning rate in either direction.
+    return TrainConfig(height=64, width=96, batch=2, steps=6, warmup=2, learning_rate=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_losses_equal_tensorflow_and_weights_return(config, bundle_directory, tm
     network = build_network(loop.network_config(config.network), 128, 64)
     bundle.load_weights(bundle_directory, tmp_path / "state.npz", network, averaged=False)
     for returned, trained in zip(network.trainable_variables, trainer.network.trainable_variables):
-        np.testing.assert_allclose(returned.numpy(), trained.numpy(), atol=2e-4)
+        np.testing.assert_allclose(returned.numpy(), trained.numpy(), atol=6e-5)
 
     resumed = Bundle(bundle_directory, tmp_path / "state.npz")
     assert resumed.steps == 3
