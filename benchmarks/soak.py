@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import tempfile
 import time
@@ -26,22 +25,11 @@ from diagnostic_msgs.msg import DiagnosticArray
 from ros_harness import RELIABLE, SECOND, Client, MovingTexture, NodeProcess, image, wait_until
 from sensor_msgs.msg import Image
 
+from qpwc_ros.replay.resources import cpu_seconds, rss_mb
 from qpwc_ros.sequence import SequenceGaps, with_info
 
 #: Seconds; diagnostics come once a second.
 LONGEST_PAUSE = 3.0
-
-
-def resident_mb(pid: int) -> float:
-    """Resident memory of a process in MB (2^20 bytes)."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def processor_seconds(pid: int) -> float:
-    """Processor time a process has used, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> int:
@@ -82,25 +70,25 @@ def main() -> int:
             client.await_node()
             client.await_ready("/image", "flow")
             pid = node.process.pid
-            start, used, number = time.monotonic(), processor_seconds(pid), 0
+            start, used, number = time.monotonic(), cpu_seconds(pid), 0
             report = start + min(60.0, seconds / 4)
             print("minutes  RSS MB  CPU %  pairs  dropped")
             while (now := time.monotonic()) < start + seconds:
                 stamp = 1_700_000_000 * SECOND + round(number * SECOND / options.rate)
                 client.play("/image", [image(frames[number % 8], stamp)], options.rate)
                 number += 1
-                memory.append((now - start, resident_mb(pid)))
+                memory.append((now - start, rss_mb(pid)))
                 if now >= report:
                     report += min(60.0, seconds / 4)
                     values = client.dump()
-                    load = 100 * (processor_seconds(pid) - used) / (now - start)
+                    load = 100 * (cpu_seconds(pid) - used) / (now - start)
                     print(
                         f"{(now - start) / 60:7.1f}  {memory[-1][1]:6.1f}  {load:5.0f}  {values['pairs']:>5}"
                         f"  {values['dropped']:>7}",
                         flush=True,
                     )
                 time.sleep(max(0.0, start + number / options.rate - time.monotonic()))
-            load = 100 * (processor_seconds(pid) - used) / (time.monotonic() - start)
+            load = 100 * (cpu_seconds(pid) - used) / (time.monotonic() - start)
             wait_until(lambda: client.settled(), 60, "the node to be done")
             values = client.dump()
     finally:

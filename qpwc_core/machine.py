@@ -41,32 +41,29 @@ def available_cores() -> int:
 
 def processor_features() -> frozenset[str]:
     """Instruction-set extensions as /proc/cpuinfo names them; empty where it cannot be read."""
+    return frozenset((_cpuinfo("flags", "Features") or "").split())  # x86, ARM
+
+
+def _cpuinfo(*names: str) -> str | None:
+    """The first value in /proc/cpuinfo that has one of these names; None where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return frozenset()
+        return None
     for line in lines:
         name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):  # x86, ARM
-            return frozenset(value.split())
-    return frozenset()
+        if name.strip() in names:
+            return value.strip()
+    return None
 
 
 def _processor() -> str:
     """The processor's model as /proc/cpuinfo or the board's device tree has it."""
-    for file, key in (
-        ("/proc/cpuinfo", "model name"),
-        ("/proc/cpuinfo", "Model"),
-        ("/proc/device-tree/model", None),
-    ):
-        try:
-            text = Path(file).read_text(errors="replace")
-        except OSError:
-            continue
-        if key is None:
-            return text.strip("\0\n ")
-        for line in text.splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
-    return platform.processor() or platform.machine()
+    for name in ("model name", "Model"):
+        value = _cpuinfo(name)
+        if value is not None:
+            return value
+    try:
+        return Path("/proc/device-tree/model").read_text(errors="replace").strip("\0\n ")
+    except OSError:
+        return platform.processor() or platform.machine()

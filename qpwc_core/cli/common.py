@@ -42,7 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
     group.add_argument(
         "--delegate-option",
         action="append",
-        type=key_and_value,
+        type=_key_and_value,
         default=[],
         metavar="KEY=VALUE",
         help="passed on to the delegate; may be given several times",
@@ -69,12 +69,13 @@ def _delegate(args: argparse.Namespace) -> Delegate | None:
     return Delegate(args.delegate, dict(args.delegate_option))
 
 
-def key_and_value(text: str) -> tuple[str, str]:
-    """An argparse type: KEY=VALUE."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    return key, value
+def _key_and_value(text: str) -> tuple[str, str]:
+    from qpwc_core.runtime.engine import key_and_value
+
+    try:
+        return key_and_value(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @contextlib.contextmanager

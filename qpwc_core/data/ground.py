@@ -12,15 +12,15 @@ import dataclasses
 
 import numpy as np
 
-from qpwc_core.data.homographies import (
-    apply_homography,
-    rotation,
-    rotation_x,
-    rotation_y,
-    scaling,
-    translation,
+from qpwc_core.data.homographies import apply_homography, rotation, rotation_x, rotation_y
+from qpwc_core.data.layers import (
+    Layer,
+    SceneConfig,
+    lay_on_mask,
+    pick_background,
+    pick_mask,
+    sample_bend,
 )
-from qpwc_core.data.layers import Layer, SceneConfig, pick_background, pick_mask, sample_bend
 from qpwc_core.data.textures import CUTOUT_SIZE, MASK_SIZE, TextureBank
 
 # Share of the nearest visible ground's distance that the camera travels at most: nothing may pass it.
@@ -133,16 +133,7 @@ def _object(
     x_axis = across * size / stretch * rng.choice([-1, 1])
     y_axis = np.array([0, size * stretch, 0])
     place = camera.place(x_axis, y_axis, stand - x_axis * tile / 2 - y_axis * foot)
-    to_mask = None
-    if not use_cutout:
-        side = bank.photos.shape[1]
-        zoom = rng.uniform(0.5, 1.2) * max(tile / side, 0.3 * tile / extent)
-        to_mask = (
-            translation(tile / 2, tile / 2)
-            @ rotation(rng.uniform(0, 2 * np.pi))
-            @ scaling(zoom, zoom)
-            @ translation(-side * rng.uniform(0.3, 0.7), -side * rng.uniform(0.3, 0.7))
-        )
+    to_mask = None if use_cutout else lay_on_mask(rng, bank.photos.shape[1], extent / tile)
     velocity = np.zeros(3)
     if rng.random() < 0.4:
         # On the ground, with a typical motion in the picture of ``strength``.

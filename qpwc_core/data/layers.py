@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from qpwc_core.data.textures import TextureBank
+from qpwc_core.data.homographies import rotation, scaling, translation
+from qpwc_core.data.textures import MASK_SIZE, TextureBank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +167,17 @@ def pick_background(rng: np.random.Generator, config: SceneConfig, bank: Texture
     if config.smooth_chance and len(bank.smooth_photos) and rng.random() < config.smooth_chance:
         return int(rng.choice(bank.smooth_photos))
     return int(rng.integers(len(bank.photos)))
+
+
+def lay_on_mask(rng: np.random.Generator, side: int, scale: float) -> np.ndarray:
+    """3x3, pixel of a photograph of ``side`` pixels → pixel of a mask that is seen at ``scale``, at any angle."""
+    zoom = rng.uniform(0.5, 1.2) * max(MASK_SIZE / side, 0.6 / max(scale, 1e-6) * 0.5)
+    return (
+        translation(MASK_SIZE / 2, MASK_SIZE / 2)
+        @ rotation(rng.uniform(0, 2 * np.pi))
+        @ scaling(zoom, zoom)
+        @ translation(-side * rng.uniform(0.3, 0.7), -side * rng.uniform(0.3, 0.7))
+    )
 
 
 def pick_mask(rng: np.random.Generator, config: SceneConfig, bank: TextureBank) -> int:

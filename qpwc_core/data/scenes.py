@@ -27,6 +27,7 @@ from qpwc_core.data.layers import (
     Layer,
     Scene,
     SceneConfig,
+    lay_on_mask,
     pick_background,
     pick_mask,
     sample_bend,
@@ -146,13 +147,7 @@ def _layered(
                 Layer("cutout", int(rng.integers(len(bank.cutouts))), None, place, None, motion, bend, opacity)
             )
             continue
-        zoom = rng.uniform(0.5, 1.2) * max(tile / side, 0.6 / max(scale, 1e-6) * 0.5)
-        texture_to_mask = (
-            translation(tile / 2, tile / 2)
-            @ rotation(rng.uniform(0, 2 * np.pi))
-            @ scaling(zoom, zoom)
-            @ translation(-side * rng.uniform(0.3, 0.7), -side * rng.uniform(0.3, 0.7))
-        )
+        texture_to_mask = lay_on_mask(rng, side, scale)
         layers.append(
             Layer(
                 "photo",
@@ -171,7 +166,8 @@ def _layered(
 def _defocused(rng: np.random.Generator, config: SceneConfig, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     """Puts what is behind some depth out of focus, or what is before it."""
     radius = rng.uniform(*config.defocus_radius)
-    behind = max(1 + (layers[1].edge is not None if len(layers) > 1 else 0), 1)
+    # The background: one layer, or the wall and the ground.
+    behind = 1 + (len(layers) > 1 and layers[1].edge is not None)
     if rng.random() < 0.6:
         sharp_from = behind
         if rng.random() < 0.5:

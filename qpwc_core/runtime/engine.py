@@ -48,6 +48,18 @@ class Delegate:
     options: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
+def key_and_value(text: str) -> tuple[str, str]:
+    """A delegate's option as it is written, KEY=VALUE, in its two parts.
+
+    Raises:
+      ValueError: It is not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"expected KEY=VALUE, got {text!r}")
+    return key, value
+
+
 def _load_delegate(runtime: ModuleType, delegate: Delegate) -> object:
     try:
         return runtime.load_delegate(delegate.library, dict(delegate.options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class FlowEstimator:
         """
         model = models.default_model() if model is None else model
 
+        @functools.cache  # what was measured is not loaded once more
         def make(precision: str) -> FlowEstimator:
             info = models.read_model_info(models.find_model(model, precision))
             return cls(info, threads=threads, xnnpack=xnnpack, delegate=delegate)

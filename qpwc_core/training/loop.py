@@ -92,9 +92,10 @@ class TrainConfig:
     scene_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("steps", 0), ("epoch_steps", 1), ("validation_count", 1), ("workers", 0), ("reuse", 1), ("frozen_levels", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        least = dict(batch=1, steps=0, epoch_steps=1, validation_count=1, workers=0, reuse=1, frozen_levels=0)
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
         if not 0 <= self.occluded_weight <= 1:
             raise ValueError(f"occluded_weight must lie between 0 and 1, got {self.occluded_weight}")
         if not 0 < self.motion[0] <= self.motion[1]:

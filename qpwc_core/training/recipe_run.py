@@ -27,7 +27,8 @@ from qpwc_core.cli.common import print_table
 from qpwc_core.errors import QpwcError
 from qpwc_core.quantization.pipeline import quantize
 from qpwc_core.training import bundle, card, loop
-from qpwc_core.training.interpolation import pre_train
+from qpwc_core.training.interpolation import PreTrainConfig, pre_train
+from qpwc_core.training.loop import TrainConfig
 from qpwc_core.training.recipe import Recipe, Stage
 
 RECORD = "stage.json"
@@ -266,9 +267,13 @@ def _trained(stage: Stage, best: Path) -> Outcome:
     history = stage.directory / "history.csv"
     if best != stage.weights:
         raise ValueError(f"{stage.label}: no epoch had a finite validation error: see {history}")
-    steps = stage.config.epoch_steps * -(-stage.config.steps // stage.config.epoch_steps)
     outputs = [best, best.with_name("best.json"), history, best.with_name("config.json")]
-    return Outcome(tuple(outputs), steps * stage.config.batch)
+    return Outcome(tuple(outputs), _samples(stage.config))
+
+
+def _samples(config: PreTrainConfig | TrainConfig) -> int:
+    """What Keras' loop sees: steps are rounded up to whole epochs."""
+    return config.batch * config.epoch_steps * -(-config.steps // config.epoch_steps)
 
 
 def _pre_train(recipe: Recipe, stage: Stage) -> Outcome:
@@ -322,11 +327,9 @@ def _run_bundle(stage: Stage) -> Outcome:
 
 def _quantize(recipe: Recipe, stage: Stage) -> Outcome:
     _release()
-    config = stage.config
-    paths = quantize(config, stage.directory)
-    training = config.training()
-    samples = config.batch * training.epoch_steps * -(-config.steps // training.epoch_steps)
-    return Outcome((*paths.values(), stage.directory / "parity.json", stage.directory / "config.json"), samples)
+    paths = quantize(stage.config, stage.directory)
+    outputs = (*paths.values(), stage.directory / "parity.json", stage.directory / "config.json")
+    return Outcome(outputs, _samples(stage.config.training()))
 
 
 def _evaluate(recipe: Recipe, stage: Stage) -> Outcome:

@@ -50,15 +50,16 @@ def _delegate(options: Mapping[str, Any]) -> Any:
         ValueError: an option of it is not KEY=VALUE, or there is no delegate to have options.
     """
     from qpwc_core import Delegate
+    from qpwc_core.runtime.engine import key_and_value
 
-    pairs = [text.partition("=") for text in options.get("delegate_options") or () if text]
-    wrong = ["".join(pair) for pair in pairs if not (pair[0] and pair[1])]
-    if wrong:
-        raise ValueError(f"delegate_options: expected KEY=VALUE, got {wrong[0]!r}")
+    try:
+        pairs = dict(key_and_value(text) for text in options.get("delegate_options") or () if text)
+    except ValueError as error:
+        raise ValueError(f"delegate_options: {error}") from error
     library = options.get("delegate") or ""
     if pairs and not library:
         raise ValueError("delegate_options: there is no delegate")
-    return Delegate(library, {key: value for key, _, value in pairs}) if library else None
+    return Delegate(library, pairs) if library else None
 
 
 class DisEstimator(Estimator):

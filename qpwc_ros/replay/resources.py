@@ -73,11 +73,20 @@ def cpu_seconds(pid: int) -> float | None:
         return None
 
 
+def rss_mb(pid: int | str = "self") -> float | None:
+    """Resident memory of a process now, in MiB; None where the system does not tell."""
+    return _status_mb(pid, "VmRSS:")
+
+
 def peak_rss_mb(pid: int | str = "self") -> float | None:
     """Largest resident memory of a process so far, in MiB; None where the system does not tell."""
+    return _status_mb(pid, "VmHWM:")
+
+
+def _status_mb(pid: int | str, field: str) -> float | None:
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(field):
                 return int(line.split()[1]) / 1024
     except (OSError, ValueError, IndexError):
         pass
