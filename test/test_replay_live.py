@@ -204,28 +204,47 @@ def test_the_clock_is_the_recordings_and_the_node_can_go_by_it(tmp_path, monkeyp
     def listen(message) -> None:
         diagnostics.append(seconds(message.header.stamp))
 
-    node.create_subscription(
+    listener = node.create_subscription(
         Clock, "/clock", lambda m: clock.append((time.monotonic(), seconds(m.clock))), 100
     )
     node.create_subscription(DiagnosticArray, "/diagnostics", listen, 10)
     arguments = ["--estimator", "dis", "--rate", 2, "--use-sim-time", "--report", tmp_path / "out"]
-    process = subprocess.Popen(
-        program(tmp_path / "bag", *arguments), env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    begin = stamps[0] * 1e-9
+
+    def play() -> float:
+        """Replay the bag; returns when this process was joined to the publisher of the clock, in our seconds."""
+        joined = None
+        process = subprocess.Popen(
+            program(tmp_path / "bag", *arguments), env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                executor.spin_once(timeout_sec=0.1)
+                if joined is None and listener.get_publisher_count():
+                    joined = time.monotonic()
+            _, errors = process.communicate(timeout=1)
+        finally:
+            process.kill()
+        assert process.returncode == 0, errors
+        return joined
+
     try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            executor.spin_once(timeout_sec=0.1)
-        _, errors = process.communicate(timeout=1)
+        # Discovery sometimes takes longer than the replay waits, which it does for its node alone. Who comes late
+        # cannot hear the beginning.
+        for _ in range(8):
+            clock.clear()
+            diagnostics.clear()
+            joined = play()
+            recorded = [at for _, at in clock]
+            assert len(clock) > 30 and recorded == sorted(recorded)
+            began = clock[0][0] - (recorded[0] - begin) / 2
+            if joined < began:
+                break
     finally:
-        process.kill()
         executor.shutdown()
         node.destroy_node()
         context.try_shutdown()
-    assert process.returncode == 0, errors
-    begin = stamps[0] * 1e-9
-    recorded = [at for _, at in clock]
-    assert len(clock) > 30 and recorded == sorted(recorded)
     assert recorded[0] == pytest.approx(begin, abs=0.5) and recorded[-1] > stamps[-1] * 1e-9
     # Between the first and the last message both clocks tell the speed of playing.
     (ours, theirs), (ours_end, theirs_end) = clock[0], clock[-1]

@@ -231,16 +231,19 @@ class _Link:
         """Publish the recording's time from now on; False, and nothing, if another node publishes one."""
         if self._node.count_publishers(CLOCK) > 1:
             return False
+        self._publish_time(clock)
+        # Only now, or the timer's thread might publish a later time before this one.
         self._clock = clock
-        self._publish_clock()
         return True
 
     def _publish_clock(self) -> None:
-        clock = self._clock
-        if clock is not None:
-            message = self._clock_message()
-            message.clock.sec, message.clock.nanosec = divmod(clock.now(), NS)
-            self._clocks.publish(message)
+        if self._clock is not None:
+            self._publish_time(self._clock)
+
+    def _publish_time(self, clock: _PlayedClock) -> None:
+        message = self._clock_message()
+        message.clock.sec, message.clock.nanosec = divmod(clock.now(), NS)
+        self._clocks.publish(message)
 
     def publish(self, frame: Frame) -> None:
         """Send a frame, and its camera info before it."""
