@@ -51,6 +51,7 @@ setup(
             "tensorflow-model-optimization>=0.8",
             "tensorboard>=2.16",
             "pyyaml>=6",
+            "matplotlib>=3.6",
         ],
         "test": ["pytest>=7,<9", "hypothesis>=6", "pyyaml>=6", "setuptools>=61"],
     },

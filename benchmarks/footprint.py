@@ -1,13 +1,13 @@
 """What the estimator costs beside the network: start, memory, pre- and post-processing, changes of size.
 
     python benchmarks/footprint.py
-    python benchmarks/footprint.py --model qpwc_fast --sizes 1000
+    python benchmarks/footprint.py --model qpwc_fast --precision float32 --only sizes
 
 Three processes of their own, so that nothing else counts:
 start    seconds to import and load, and then the first flow
 stream   peak resident memory while 300 frames of 640x480 are streamed, and which share of the time is spent
          outside of the network (resizing, copying, upsampling)
-sizes    resident memory after 50 and after all changes of the image's size
+sizes    resident memory after 50 and after all changes of the image's size; fails where it grew by more than --limit
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 FRAMES = 300
 WARM_CHANGES = 50
+GROWTH = "grown by, MB"
 
 
 def start(options: argparse.Namespace) -> dict[str, float]:
@@ -87,7 +88,7 @@ def sizes(options: argparse.Namespace) -> dict[str, float]:
         if change == WARM_CHANGES:
             warm = rss_mb()
     after = rss_mb()
-    return {f"after {WARM_CHANGES} sizes, MB": warm, f"after {options.sizes} sizes, MB": after, "grown by, MB": after - warm}
+    return {f"after {WARM_CHANGES} sizes, MB": warm, f"after {options.sizes} sizes, MB": after, GROWTH: after - warm}
 
 
 PARTS = {"start": start, "stream": stream, "sizes": sizes}
@@ -100,6 +101,8 @@ def main() -> int:
     parser.add_argument("--precision", default="int8", help="of a bundled model (default int8)")
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     parser.add_argument("--sizes", type=int, default=1000, help="changes of size (default 1000)")
+    parser.add_argument("--limit", type=float, default=5.0, help="MB that memory may grow over them (default 5)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure only this part; may be repeated")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.sizes <= WARM_CHANGES:
@@ -107,15 +110,18 @@ def main() -> int:
     if options.part:
         print(json.dumps(PARTS[options.part](options)))
         return 0
-    for part in PARTS:
+    grown = 0.0
+    for part in options.only or PARTS:
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--part", part]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"footprint: {part} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return 1
-        for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+        measured = json.loads(done.stdout.splitlines()[-1])
+        grown = measured.get(GROWTH, grown)
+        for name, value in measured.items():
             print(f"{part:<7} {name:<28} {value:8.2f}")
-    return 0
+    return int(grown > options.limit)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,28 @@ from qpwc_ros.share import share_file, use_large_shared_memory
 
 #: Launch arguments that are parameters of the node too, with how their text is read.
 PARAMETERS = {
+    "autostart": bool,
+    "use_sim_time": bool,
+    "estimator": str,
     "model": str,
     "precision": str,
-    "estimator": str,
     "threads": int,
-    "autostart": "bool",
-    "interpolation_factor": int,
+    "delegate": str,
+    "delegate_options": list,
+    "dis_preset": str,
     "transport": str,
-    "rectify": "bool",
-    "use_sim_time": "bool",
+    "max_pixels": int,
+    "rectify": bool,
+    "max_interval": float,
+    "min_interval": float,
+    "frame_step": int,
+    "outputs": list,
+    "color_max_flow": float,
+    "interpolation_factor": int,
+    "interpolation_merge": bool,
+    "jpeg_quality": int,
+    "motion_threshold": float,
+    "motion_min_area": int,
 }
 
 ARGUMENTS = {
@@ -31,29 +44,45 @@ ARGUMENTS = {
     "namespace": ("", "Namespace of the node."),
     "params_file": (str(share_file("config/flow.yaml")), "YAML file with parameters."),
     "log_level": ("info", "debug, info, warn, error or fatal."),
+    "autostart": ("", "true: go to active without being told."),
+    "use_sim_time": ("", "true: take the time from /clock."),
+    "estimator": ("", "tflite or dis."),
     "model": ("", "Bundled model by name, or path of a .tflite file."),
     "precision": ("", "int8, float32 or auto."),
-    "estimator": ("", "tflite or dis."),
     "threads": ("", "Threads of the estimator; 0: as many as suit it."),
-    "autostart": ("", "true: go to active without being told."),
-    "interpolation_factor": ("", "Frame rate of ~/interpolated over the input's, 2 to 8."),
+    "delegate": ("", "Shared library of an accelerator's TFLite delegate."),
+    "delegate_options": ("", "KEY=VALUE,KEY=VALUE: passed on to the delegate."),
+    "dis_preset": ("", "ultrafast, fast or medium: quality of estimator dis."),
     "transport": ("", "auto, raw or compressed: which form of the image is listened to."),
+    "max_pixels": ("", "Images with more pixels are refused."),
     "rectify": ("", "true: take the lens's distortion out first, by camera_info."),
-    "use_sim_time": ("", "true: take the time from /clock."),
+    "max_interval": ("", "Seconds between two images over which they make no pair."),
+    "min_interval": ("", "Seconds that the two images of a pair are at least apart."),
+    "frame_step": ("", "Images from one of a pair to the other."),
+    "outputs": ("", "The outputs to offer: flow,color for example."),
+    "color_max_flow": ("", "Displacement in pixels shown in full colour; 0: the largest of each pair."),
+    "interpolation_factor": ("", "Frame rate of ~/interpolated over the input's, 2 to 8."),
+    "interpolation_merge": ("", "true: the camera's frames go out on ~/interpolated too."),
+    "jpeg_quality": ("", "Quality of ~/interpolated/compressed, 1 to 100."),
+    "motion_threshold": ("", "Pixels off the background's flow over which a pixel moves on its own."),
+    "motion_min_area": ("", "Pixels that a moving thing has at least."),
 }
 
 
 def parameter_value(name, text):
     """Text of a launch argument as the parameter's type."""
     kind = PARAMETERS[name]
-    if kind == "bool":
+    if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
             raise ValueError(f"launch argument {name}:={text} is neither true nor false")
         return text.lower() in ("true", "1")
+    if kind is list:
+        return [item.strip() for item in text.split(",")]
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"launch argument {name}:={text} is no whole number") from None
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"launch argument {name}:={text} is no {what}") from None
 
 
 def start_node(context: LaunchContext):

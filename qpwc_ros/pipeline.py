@@ -24,6 +24,7 @@ PROBLEMS = (
     "estimator_failures",
     "camera_info_mismatches",
     "not_rectified",
+    "qos_mismatches",
     "internal_errors",
 )
 

@@ -55,6 +55,7 @@ VARIABLES = {
     "FASTDDS_DEFAULT_PROFILES_FILE": "config/fastdds.xml",
     "FASTRTPS_DEFAULT_PROFILES_FILE": "config/fastdds.xml",
     "TF_USE_LEGACY_KERAS": None,
+    "TF_CONFIG": None,
     "ROS_SECURITY_KEYSTORE": None,
     "ROS_SECURITY_ENABLE": None,
     "ROS_SECURITY_STRATEGY": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import html.parser
 import importlib.util
+import json
 import posixpath
 import re
 import subprocess
@@ -48,6 +49,21 @@ def test_the_reference_has_every_parameter_topic_and_launch_argument():
                 arguments |= {key.value for key in node.value.keys}
     assert len(parameters) >= 25 and len(topics) >= 10 and len(arguments) >= 18
     assert parameters | topics | arguments <= cells
+
+
+def test_every_parameter_is_a_launch_argument_of_the_same_name_and_type():
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import generate_reference as g; g.prepare()\n"
+        "parameters = {spec.name: type(spec.default).__name__ for spec, _ in g.flow_parameters()}\n"
+        "launch = {name: kind.__name__ for name, kind in g.launch_file('flow.launch.py').PARAMETERS.items()}\n"
+        "print(json.dumps([parameters, launch, list(g.launch_arguments('flow.launch.py'))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(DOCS)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    parameters, launch, arguments = json.loads(done.stdout)
+    # use_sim_time is every node's.
+    assert launch == {**parameters, "use_sim_time": "bool"} and set(launch) <= set(arguments)
 
 
 def test_the_reference_says_what_a_parameter_is():

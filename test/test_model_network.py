@@ -15,6 +15,7 @@ from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
 from qpwc_core.model.initialization import fit_embeddings, initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, feature_layers, full_flow
+from qpwc_core.model.transfer import transfer_weights
 
 
 def run(network: keras.Model, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -43,6 +44,8 @@ def shallow() -> keras.Model:
         ({"decoder": (64,)}, "at least two entries"),
         ({"pyramid": (16, 24, 0, 64, 96)}, "pyramid needs numbers of at least 1"),
         ({"radii": (4, 4, 0)}, "radii needs numbers of at least 1"),
+        ({"vote_gain": -1.0}, "vote_gain must not be negative, got -1.0"),
+        ({"context": (8, 0)}, "context needs positive numbers, or none"),
         ({"match_channels": 0}, "match_channels must be at least 1, got 0"),
         ({"sharpness": -1.0}, "sharpness must be positive"),
         ({"height": 470}, "470x640 is not a multiple of the stride 32"),
@@ -153,6 +156,60 @@ def test_weights_move_between_sizes_and_cost_forms(shallow):
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_the_context_network_adds_to_the_coarsest_flow_and_reaches_farther():
+    with_it = build_network(DEEP, 640, 640)
+    without = build_network(dataclasses.replace(DEEP, context=()), 640, 640)
+    assert [layer.name for layer in with_it.layers if layer.name.startswith("context_")] == [
+        "context_5_conv0", "context_5_act0", "context_5_conv1", "context_5_act1"
+    ]  # fmt: skip
+    assert transfer_weights(without, with_it) == ["context_5_conv0", "context_5_conv1", "flow_context_5"]
+
+    grey = np.full((2, 640, 640, 3), 128, np.uint8)
+    dotted = grey.copy()
+    dotted[0, 304:336, 304:336] = np.random.default_rng(0).integers(0, 255, (32, 32, 3))
+
+    def reach(network: keras.Model) -> int:
+        """Cells of the coarsest level, sideways, to which the middle of the image matters."""
+        change = run(network, dotted)["flow_5"] - run(network, grey)["flow_5"]
+        columns = np.flatnonzero(np.abs(change[0]).max(axis=(0, 2)) > 1e-7)
+        return int(columns[-1] - columns[0] + 1)
+
+    # Two convolutions and the step's own: a cell each, on both sides.
+    assert reach(with_it) == reach(without) + 2 * 2
+
+    last = with_it.get_layer("flow_context_5")
+    last.set_weights([np.zeros_like(value) for value in last.get_weights()])
+    images = pairs(2, 640, 640)
+    for name, flow in run(without, images).items():
+        np.testing.assert_allclose(run(with_it, images)[name], flow, atol=1e-5)
+
+
+def test_the_vote_finds_the_shift_that_no_cell_alone_shows():
+    network = build_network(DEEP, 512, 512)
+    shares = network.get_layer("vote_shares_5").output
+    votes = keras.Model(network.get_layer("cost_5").output, shares)
+    cost = np.random.default_rng(3).normal(0, 1, (1, 16, 16, 9)).astype(np.float32)
+    cost[..., 5] += 0.5
+    alone = cost[0].argmax(axis=-1) == 5
+    assert 0.1 < alone.mean() < 0.4
+    voted = votes(tf.constant(cost)).numpy()
+    assert voted.shape == (1, 1, 1, 9) and voted[0, 0, 0, 5] > 0.9
+
+
+def test_the_vote_says_nothing_until_it_is_trained():
+    keras.utils.set_random_seed(2)
+    without = build_network(dataclasses.replace(DEEP, vote_gain=0.0), 64, 96)
+    with_it = build_network(DEEP, 64, 96)
+    fresh = transfer_weights(without, with_it)
+    assert fresh == ["vote_5", "project_votes_5"]
+    images = pairs(4, 64, 96)
+    initialize_from_data(with_it, images, fresh)
+    for name, flow in run(without, images).items():
+        np.testing.assert_allclose(run(with_it, images)[name], flow, atol=1e-5)
+    with_it.get_layer("project_votes_5").set_weights([np.ones((1, 1, 9, 8), np.float32), np.zeros(8, np.float32)])
+    assert np.abs(run(with_it, images)["flow_5"] - run(without, images)["flow_5"]).max() > 1e-4
+
+
 def test_another_width_does_not_take_the_weights(shallow):
     other = build_network(dataclasses.replace(SHALLOW, decoder=(8, 7)), 64, 64)
     with pytest.raises(ValueError):
@@ -171,14 +228,15 @@ def test_initialization_from_data_whitens_every_convolution():
     convolutions = [
         layer
         for layer in network.layers
-        if isinstance(layer, keras.layers.Conv2D) and not layer.name.startswith("project_flow")
+        if isinstance(layer, keras.layers.Conv2D)
+        and not layer.name.startswith(("project_flow", "project_votes", "vote_"))
     ]
     before = keras.Model(network.inputs, [layer.input for layer in convolutions])
     inputs = before(normalize(tf.constant(images)))
     for layer, features in zip(convolutions, inputs):
         values = tf.nn.conv2d(features, layer.kernel, layer.strides, "SAME") + layer.bias
         mean, deviation = values.numpy().mean(axis=(0, 1, 2)), values.numpy().std(axis=(0, 1, 2))
-        target = 0.05 if layer.name.startswith("flow_step") else 1.0
+        target = 0.05 if layer.name.startswith(("flow_step", "flow_context")) else 1.0
         np.testing.assert_allclose(mean, 0, atol=1e-3, err_msg=layer.name)
         np.testing.assert_allclose(deviation, target, rtol=0.01, err_msg=layer.name)
         assert layer.activation is activations[layer.name]

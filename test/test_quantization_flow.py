@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from qpwc_core.model.initialization import initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, feature_layers
 from qpwc_core.quantization import flatbuffer
+from qpwc_core.quantization.bisection import tensor_of
 from qpwc_core.quantization.calibration import calibrate, range_variables
 from qpwc_core.quantization.configs import build_quantized_network, load_float_weights, wrapped
 from qpwc_core.quantization.pipeline import QuantizeConfig, find_weights, quantize
@@ -38,7 +40,7 @@ def lively_network(config: NetworkConfig, height: int, width: int) -> keras.Mode
     network = build_network(config, height, width, cost_form="slices")
     initialize_from_data(network, pairs(6, height, width))
     for layer in network.layers:
-        if layer.name.startswith("flow_step"):
+        if layer.name.startswith(("flow_step", "flow_context")):
             layer.set_weights([5 * weight for weight in layer.get_weights()])
     return network
 
@@ -295,7 +297,12 @@ def test_metadata_is_what_the_runtime_reads(exported, precision):
     assert figures["EPE zero flow"] == pytest.approx(parity["zero_flow"], abs=1e-3)
 
 
-def test_all_convolutions_are_int8_but_the_flow_steps(exported):
+def flow_convolutions(config: NetworkConfig) -> set[str]:
+    """Layers whose output is added to the flow."""
+    return {f"flow_step_{level}" for level in config.levels} | {f"flow_context_{config.levels[0]}"}
+
+
+def test_all_convolutions_are_int8_but_those_of_the_flow(exported):
     model = exported.model("int8")
     kinds: dict[str, list[str]] = {"INT8": [], "FLOAT32": []}
     for subgraph in model.subgraphs:
@@ -305,32 +312,91 @@ def test_all_convolutions_are_int8_but_the_flow_steps(exported):
                 assert TYPES[inputs[0].type] == kind
                 assert TYPES[inputs[1].type] == kind  # no hybrid kernels
                 kinds[kind].append(outputs[0].name.decode())
-    assert len(kinds["FLOAT32"]) == len(DEEP.levels)
-    for level in DEEP.levels:
-        assert any(f"flow_step_{level}" in name for name in kinds["FLOAT32"])
+    assert {tensor_of(name).partition("/")[0] for name in kinds["FLOAT32"]} == flow_convolutions(DEEP)
+    assert len(kinds["FLOAT32"]) == len(flow_convolutions(DEEP))
     convolutions = sum(isinstance(layer, keras.layers.Conv2D) for layer in exported.network.layers)
     summed = sum(2 * radius + 1 for radius in DEEP.radii)  # the cost volumes' sums over channels
-    assert len(kinds["INT8"]) == convolutions - len(DEEP.levels) + summed
+    assert len(kinds["INT8"]) == convolutions - len(kinds["FLOAT32"]) + summed
 
 
-def test_only_the_flow_is_float(exported):
-    """Flow, coordinates and bilinear weights have one or two channels; whatever float tensor has more must be
-    what a flow step reads. Encoding has no float tensor at all."""
+#: Every float tensor that the int8 file may have, by name, and the most channels it may have: (pattern, channels).
+ALLOWED_FLOATS = {
+    "the flow, its upsampling, its sums": (r"flow_(step|context|add|up)_\d/(?!FakeQuant).*", 2),
+    "the flow in pixels of the image": (r"StatefulPartitionedCall:0", 2),
+    "the flow for the decoder, before it is rounded": (r"flow_input_\d/(clip_by_value|mul)(/.*)?", 2),
+    "coordinates and bilinear weights": (r"warp_\d/(add|Maximum|Minimum|Floor|sub|strided_slice|mul|Const)(_\d+)?", 2),
+    "factors on the flow": (r"(arith\.constant\d*|mul/y)", 2),
+    "kernels of the flow's convolutions": (r"flow_(step|context)_\d/Conv2D", 64),
+    "what the flow's convolutions read": (
+        rf"(decoder_\d_act{len(DEEP.decoder) - 2}|context_\d_act{len(DEEP.context) - 1})/FakeQuantWithMinMaxVars", 64
+    ),
+}
+
+
+def float_tensors_not_allowed(model) -> list[str]:
+    """Names of the float tensors, constants included, that are in no list."""
+    return [
+        tensor_of(tensor.name.decode())
+        for subgraph in model.subgraphs
+        for tensor in subgraph.tensors
+        if TYPES[tensor.type] == "FLOAT32" and not allowed(tensor_of(tensor.name.decode()), tensor.shape)
+    ]
+
+
+def allowed(name: str, shape) -> bool:
+    channels = shape[-1] if len(shape) else 1
+    return any(re.fullmatch(pattern, name) and channels <= most for pattern, most in ALLOWED_FLOATS.values())
+
+
+def test_no_float_tensor_is_outside_of_the_allow_list(exported):
+    assert float_tensors_not_allowed(exported.model("int8")) == []
+
+
+def test_the_allow_list_has_nothing_that_is_not_there(exported):
+    """An entry that matches no tensor any more would let a new one slip through."""
+    names = {
+        (tensor_of(tensor.name.decode()))
+        for subgraph in exported.model("int8").subgraphs
+        for tensor in subgraph.tensors
+        if TYPES[tensor.type] == "FLOAT32"
+    }
+    for what, (pattern, _) in ALLOWED_FLOATS.items():
+        assert any(re.fullmatch(pattern, name) for name in names), what
+
+
+def test_any_int8_tensor_that_became_float_would_be_noticed(exported):
+    """Features, costs, kernels, rounded flow: each in turn."""
     model = exported.model("int8")
-    encode, match = (
-        model.subgraphs[next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey == key)]
-        for key in (b"encode", b"match")
-    )
-    assert "FLOAT32" not in {TYPES[tensor.type] for tensor in encode.tensors}
-    read_by_steps, wide = set(), set()
+    changed = 0
+    for subgraph in model.subgraphs:
+        for tensor in subgraph.tensors:
+            if TYPES[tensor.type] == "INT8":
+                tensor.type = schema.TensorType.FLOAT32
+                assert float_tensors_not_allowed(model) == [tensor_of(tensor.name.decode())]
+                tensor.type = schema.TensorType.INT8
+                changed += 1
+    assert changed > 150
+
+
+def test_encoding_has_no_float_tensor_at_all(exported):
+    model = exported.model("int8")
+    index = next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey == b"encode")
+    assert "FLOAT32" not in {TYPES[tensor.type] for tensor in model.subgraphs[index].tensors}
+
+
+def test_wide_float_tensors_are_only_what_the_flow_convolutions_read(exported):
+    """And each is made by a single step from int8."""
+    model = exported.model("int8")
+    match = model.subgraphs[next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey == b"match")]
+    read_by_flow, wide = set(), set()
     for name, inputs, outputs in operators(model, match):
         if name == "CONV_2D" and TYPES[outputs[0].type] == "FLOAT32":
-            read_by_steps.add(inputs[0].name)
+            read_by_flow.add(inputs[0].name)
         for tensor in outputs:
             if TYPES[tensor.type] == "FLOAT32" and tensor.shape[-1] > 2:
                 assert name == "DEQUANTIZE", (name, tensor.name)
                 wide.add(tensor.name)
-    assert wide == read_by_steps and len(wide) == len(DEEP.levels)
+    assert wide == read_by_flow and len(wide) == len(flow_convolutions(DEEP))
 
 
 def test_the_float_file_computes_what_tensorflow_does(exported):

@@ -193,14 +193,18 @@ def test_truth_from_a_topic(tmp_path):
 def counters(root, values: dict[str, int]) -> None:
     for name, energy in values.items():
         (root / name).mkdir(exist_ok=True)
+        (root / name / "name").write_text("psys\n" if name.endswith(":2") else "package-0\n")
         (root / name / "energy_uj").write_text(f"{energy}\n")
         (root / name / "max_energy_range_uj").write_text("1000000000\n")
 
 
 def test_energy_is_that_of_the_packages_and_survives_the_counters_turn(tmp_path):
-    counters(tmp_path, {"intel-rapl:0": 999_000_000, "intel-rapl:1": 5_000_000, "intel-rapl:0:0": 7})
+    # Neither a part of a package nor the whole platform, which it is a part of, counts beside it.
+    begin = {"intel-rapl:0": 999_000_000, "intel-rapl:1": 5_000_000, "intel-rapl:0:0": 7, "intel-rapl:2": 9}
+    counters(tmp_path, begin)
     energy = Energy(tmp_path)
-    counters(tmp_path, {"intel-rapl:0": 1_000_000, "intel-rapl:1": 5_500_000, "intel-rapl:0:0": 10**8})
+    end = {"intel-rapl:0": 1_000_000, "intel-rapl:1": 5_500_000, "intel-rapl:0:0": 10**8}
+    counters(tmp_path, {**end, "intel-rapl:2": 10**8})
     assert energy.available and energy.since_last() == pytest.approx(2.0 + 0.5)
     assert energy.since_last() == 0
     assert not Energy(tmp_path / "nothing").available
@@ -215,3 +219,22 @@ def test_meter_counts_processor_time(tmp_path):
     counters(tmp_path, {"intel-rapl:0": 3_000_000})
     cpu, joules = meter.stop()
     assert total and cpu > 0 and joules == 3
+
+
+class TickingEnergy:
+    """A machine that has taken half a joule more at each look."""
+
+    def since_last(self) -> float:
+        return 0.5
+
+
+def test_energy_is_reported_where_the_machine_counts_it(bag, compared, tmp_path, monkeypatch):
+    monkeypatch.setattr("qpwc_ros.replay.offline.Meter", lambda: Meter(TickingEnergy()))
+    out = tmp_path / "out"
+    assert run_replay(bag[0], "--estimator", "dis", "--report", out) == 0
+    summary = json.loads((out / "metrics.json").read_text())["summary"]
+    assert summary["energy_j"] == 0.5 * summary["flows_out"] and summary["energy_j_per_flow"] == 0.5
+    assert "energy per flow" in (out / "report.html").read_text()
+    if not Energy().available:
+        assert json.loads((compared / "metrics.json").read_text())["summary"]["energy_j"] is None
+        assert "energy per flow" not in (compared / "report.html").read_text()

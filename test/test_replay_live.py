@@ -12,17 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from replay_bags import moving_frames, write_bag
+from replay_bags import moving_frames, run_replay, write_bag
 
 pytest.importorskip("rclpy")
 
+from qpwc_ros.replay.bag import Bag  # noqa: E402
+from qpwc_ros.replay.decode import flow_array, pixels  # noqa: E402
+from qpwc_ros.replay.live import WAITING_LENGTH, HeldBack, NodeProcess  # noqa: E402
 from qpwc_ros.replay.results import (  # noqa: E402
     BETWEEN,
     COLOR,
     CONFIDENCE,
+    ERROR,
     FLOW,
     HELD_BACK,
     INTERVAL,
+    ResultsWriter,
     read_pairs,
 )
 
@@ -88,6 +93,80 @@ def test_every_pair_is_answered_and_matched_by_stamp(tmp_path, compressed):
         line[:11].rstrip() for line in done.stdout.splitlines()
     }
     assert str(out / "report.html") in done.stdout
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A bag, and the report of an offline run on it by the default model."""
+    path = tmp_path_factory.mktemp("offline")
+    write_bag(path / "bag", moving_frames(13, DX, DY), rate=2.5)
+    assert run_replay(path / "bag", "--report", path / "out") == 0
+    return path / "bag", path / "out"
+
+
+def flows(report: Path) -> dict[tuple[int, int], np.ndarray]:
+    """The flows of a results bag by the stamps of their two frames; of the pairs that were answered directly."""
+    found = {}
+    for pair in read_pairs(report / "results", 10**10):
+        answer = pair.answer()
+        if answer.flow is not None and answer.flow_from == pair.previous_stamp:
+            found[pair.previous_stamp, pair.stamp] = flow_array(answer.flow)
+    return found
+
+
+def test_a_running_node_gives_the_flow_of_the_offline_run(offline, tmp_path, monkeypatch):
+    bag, report = offline
+    settings = environment()
+    for name in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE"):
+        monkeypatch.setenv(name, settings.setdefault(name, "LOCALHOST"))
+    node = NodeProcess("/robot", ["-p", "max_interval:=5.0"], tmp_path / "node.log")
+    try:
+        done = replay(bag, "--node", "/robot/flow", "--report", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        node.check()  # it was not ours to end
+    finally:
+        node.stop()
+    expected, found = flows(report), flows(tmp_path / "out")
+    assert len(expected) == 6 and len(found) >= 3  # a machine that stalls for a while drops some
+    for stamps, flow in found.items():
+        np.testing.assert_array_equal(flow, expected[stamps])
+
+
+def test_ros_itself_reads_the_results(offline):
+    """Every message is one of its type to rclpy, which deserializes as any subscriber of `ros2 bag play` does."""
+    from mcap.reader import make_reader
+    from rclpy.serialization import deserialize_message
+    from sensor_msgs.msg import Image, TimeReference
+
+    kinds = {"sensor_msgs/msg/Image": Image, "sensor_msgs/msg/TimeReference": TimeReference}
+    seen = set()
+    with next((offline[1] / "results").glob("*.mcap")).open("rb") as stream:
+        for schema, channel, message in make_reader(stream).iter_messages():
+            decoded = deserialize_message(message.data, kinds[schema.name])
+            at = decoded.header.stamp
+            assert at.sec * 10**9 + at.nanosec == message.log_time and channel.message_encoding == "cdr"
+            if schema.name.endswith("Image"):
+                assert len(decoded.data) == decoded.step * decoded.height
+            seen.add(channel.topic)
+    assert {"/image", HELD_BACK, FLOW, INTERVAL, COLOR, BETWEEN, ERROR} <= seen
+
+
+def test_in_between_frames_are_compared_with_the_held_back_ones_of_their_time(tmp_path):
+    stamps = write_bag(tmp_path / "bag", moving_frames(WAITING_LENGTH + 3, DX, DY))
+    with Bag(tmp_path / "bag") as bag:
+        frames = list(bag.frames())
+    with ResultsWriter(tmp_path / "results") as writer:
+        held_back = HeldBack(writer, 1_000_000)
+        for frame in frames[1:]:
+            held_back.add(frame)
+        held_back.compare(stamps[-1] + 900_000, frames[0].raw)
+        held_back.compare(stamps[-2] + 1_100_000, frames[0].raw)  # of another time
+        held_back.compare(stamps[1], frames[0].raw)  # no longer kept
+    with Bag(tmp_path / "results", ERROR) as results:
+        (error,) = results.frames()
+    assert error.stamp == stamps[-1] + 900_000
+    first, last = (pixels(frame.message).astype(int) for frame in (frames[0], frames[-1]))
+    np.testing.assert_array_equal(pixels(error.message), np.abs(first - last))
 
 
 def test_ctrl_c_finishes_the_report(tmp_path):
@@ -173,6 +252,7 @@ def test_results_bag_has_the_outputs_under_their_names(tmp_path, confidence):
         INTERVAL: "sensor_msgs/msg/TimeReference",
         COLOR: "sensor_msgs/msg/Image",
         BETWEEN: "sensor_msgs/msg/Image",
+        ERROR: "sensor_msgs/msg/Image",
         **({CONFIDENCE: "sensor_msgs/msg/Image"} if confidence else {}),
     }
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html.parser
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import cv2
@@ -23,7 +25,7 @@ from replay_bags import run_replay as replay
 
 from qpwc_core.errors import QpwcError
 from qpwc_ros.plugins.estimators import DisEstimator
-from qpwc_ros.replay import evaluate
+from qpwc_ros.replay import command, evaluate
 from qpwc_ros.replay.bag import Bag
 from qpwc_ros.replay.offline import run_offline
 from qpwc_ros.replay.results import ResultsWriter
@@ -200,6 +202,30 @@ def test_without_held_back_frames_all_are_paired(bag, tmp_path):
     assert "Worst: pair" in (out / "report.html").read_text()
 
 
+def most_alive(monkeypatch, owner: object, name: str) -> list[int]:
+    """Watch what a generator function yields; the list's only number will be how many were in memory at once."""
+    function, yielded, most = getattr(owner, name), [], [0]
+
+    def watched(*arguments, **options):
+        for item in function(*arguments, **options):
+            yielded[:] = [ref for ref in yielded if ref() is not None] + [weakref.ref(item)]
+            most[0] = max(most[0], len(yielded))
+            yield item
+            del item
+
+    monkeypatch.setattr(owner, name, watched)
+    return most
+
+
+def test_memory_does_not_grow_with_the_bag(bag, tmp_path, monkeypatch):
+    """benchmarks/memory.py measures it; here is why it holds: no frame is kept longer than its pair."""
+    frames = most_alive(monkeypatch, Bag, "frames")
+    pairs = most_alive(monkeypatch, evaluate, "read_pairs")
+    assert replay(bag, "--estimator", "dis", "--report", tmp_path / "out") == 0
+    # The one just read, one held back and the one before; a pair and the one before.
+    assert 1 <= frames[0] <= 3 and 1 <= pairs[0] <= 2
+
+
 def test_a_gap_in_the_recording_is_no_pair(tmp_path):
     stamps = [10**18 + k * 10**8 + (k >= 8) * 60 * 10**9 for k in range(16)]
     write_bag(tmp_path / "bag", moving_frames(16, 1, 0), stamps=stamps)
@@ -222,6 +248,65 @@ def test_ctrl_c_ends_the_run_with_what_was_done(bag, tmp_path):
         run = run_offline(opened, estimator, writer, hold_back=True, max_interval=10**9, progress=interrupt)
     assert run.interrupted and run.pairs == run.flows == 4
     assert len(evaluate.measure(tmp_path / "results", run)["flow"]) == 4
+
+
+@pytest.fixture
+def heed_ctrl_c():
+    """As in a terminal: a shell that runs these tests in the background has told them to ignore SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def press_ctrl_c_before(monkeypatch, owner: object, name: str, calls: tuple[int, ...]) -> None:
+    """Send this process SIGINT just before these calls of a function, counted from 1."""
+    function, count = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*arguments, **options):
+        if next(count) in calls:
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def test_ctrl_c_within_a_pair_leaves_no_half_of_it(bag, tmp_path, monkeypatch, heed_ctrl_c):
+    press_ctrl_c_before(monkeypatch, ResultsWriter, "write", (23,))
+    out = tmp_path / "out"
+    assert replay(bag, "--estimator", "dis", "--report", out) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    counts = {topic: len(items) for topic, items in results_messages(out).items()}
+    assert counts.pop("/image") == counts["/flow/flow"] + 1 and len(set(counts.values())) == 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["ended_early"] == "interrupted"
+    assert metrics["summary"]["flows_out"] == counts["/flow/flow"] == len(metrics["pairs"]) == 3
+
+
+def test_ctrl_c_while_the_report_is_made_does_not_lose_it(bag, tmp_path, monkeypatch, heed_ctrl_c):
+    press_ctrl_c_before(monkeypatch, evaluate, "summarize", (1,))
+    out = tmp_path / "out"
+    assert replay(bag, "--estimator", "dis", "--report", out) == 130
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["ended_early"] is None and metrics["summary"]["flows_out"] == COUNT // 2
+    assert "Worst: pair" in (out / "report.html").read_text()
+    # Twice is meant.
+    press_ctrl_c_before(monkeypatch, evaluate, "summarize", (1,))
+    press_ctrl_c_before(monkeypatch, evaluate, "differences", (1,))
+    with pytest.raises(KeyboardInterrupt):
+        replay(bag, "--estimator", "dis", "--report", tmp_path / "none")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_as_an_executable_of_ros(monkeypatch):
+    """`ros2 run qpwc_ros replay` starts this function, and launch files add arguments for ROS."""
+    given = []
+    monkeypatch.setattr("qpwc_core.cli.main.main", lambda arguments: given.append(arguments) or 0)
+    monkeypatch.setattr(sys, "argv", ["replay", "BAG", "--rate", "2", "--ros-args", "-r", "__node:=x"])
+    assert command.main() == 0
+    assert given == [["replay", "BAG", "--rate", "2"]]
+    assert command._given_arguments() == given[0]
+    monkeypatch.setattr(sys, "argv", ["qpwc", *given[0]])
+    assert command._given_arguments() == given[0]
 
 
 def test_damaged_bag_is_reported_up_to_the_damage(tmp_path, capsys):

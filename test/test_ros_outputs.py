@@ -18,7 +18,10 @@ from ros_harness import (
     stamp_of,
     wait_until,
 )
-from sensor_msgs.msg import CameraInfo, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+from qpwc_core.metrics import psnr
+from qpwc_ros.codec import decode_compressed
 
 START = 1_700_000_000 * SECOND
 PERIOD = SECOND // 20
@@ -108,6 +111,28 @@ def test_one_stream_of_camera_and_in_between_frames(client, camera):
     # The camera's own frames go through untouched, the first one of each series too.
     for sent, got in zip([*first, *again], [*merged[0:7:2], merged[7], merged[9]]):
         assert stamp_of(sent) == stamp_of(got) and bytes(sent.data) == bytes(got.data)
+
+
+@pytest.mark.parametrize("factor", range(2, 9))
+def test_each_factor_raw_and_compressed(client, camera, factor):
+    # A step of as many pixels as there are moments: every moment's image is known to the pixel.
+    scene = MovingTexture(dx=factor, dy=-factor)
+    raw = client.listen("/flow/interpolated", Image)
+    compressed = client.listen("/flow/interpolated/compressed", CompressedImage)
+    assert client.set(interpolation_factor=factor)[0]
+    client.await_ready(camera, "interpolated")
+    start = START + 1000 * factor * SECOND
+    client.deliver(camera, *(image(scene.rgb(k), start + k * PERIOD) for k in range(3)))
+    expected = [start + k * PERIOD // factor for k in range(2 * factor + 1)]
+    for messages in (raw, compressed):
+        wait_until(lambda messages=messages: len(messages) >= len(expected), 30, "every moment")
+        assert [stamp_of(msg) for msg in messages] == expected
+    inner = np.s_[24:-24, 24:-24]
+    for k, (plain, packed) in enumerate(zip(raw, compressed)):
+        rgb = pixels(plain)[..., ::-1]
+        assert psnr(rgb[inner], scene.rgb(k / factor)[inner]) > 28, k
+        assert packed.format.endswith("jpeg compressed bgr8") and psnr(decode_compressed(packed).rgb, rgb) > 28
+    assert client.set(interpolation_factor=2)[0]
 
 
 def test_rectified_before_estimation(client, camera, node):

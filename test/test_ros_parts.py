@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -270,15 +271,19 @@ def test_percentile_is_the_nearest_rank():
     assert [percentile(values[::-1], p) for p in (1, 50, 95, 99, 100)] == [1.0, 50.0, 95.0, 99.0, 100.0]
 
 
-def test_statistics():
+def test_statistics(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("qpwc_ros.statistics.time", SimpleNamespace(monotonic=lambda: now))
     statistics = Statistics()
     assert statistics.rate() == 0.0 and statistics.milliseconds("infer", 50) is None
     statistics.time("infer", 0.02)
     assert statistics.milliseconds("infer", 95) == 20.0
     for _ in range(5):
         statistics.finish()
-        time.sleep(0.02)
-    assert 20 < statistics.rate() < 50.5
+        now += 0.02
+    assert statistics.rate() == pytest.approx(50)
+    now += 1.0  # they have stopped coming: four intervals in 0.08 s, and 1.02 s since
+    assert statistics.rate() == pytest.approx(4 / 1.1)
     assert statistics.counts()["pairs"] == 5 and statistics.counts()["malformed"] == 0
 
 
@@ -342,6 +347,47 @@ def test_the_profile_is_used_unless_the_user_chose_one(monkeypatch, tmp_path):
     assert os.environ[names[1]] and not os.environ[names[0]]
     with pytest.raises(FileNotFoundError, match="config/none.yaml"):
         share_file("config/none.yaml")
+
+
+def test_the_shipped_views_show_what_the_node_publishes():
+    pytest.importorskip("rclpy", reason="ROS 2 is not installed")
+    yaml = pytest.importorskip("yaml")
+    from qpwc_ros.nodes.flow import FlowNode
+    from qpwc_ros.plugins.base import Output
+    from qpwc_ros.plugins.builtin import OUTPUTS
+
+    class Recorder:
+        """In place of a node: takes note of what an output advertises."""
+
+        def create_publisher(self, msg_type, topic, *args, **options):
+            images.update({topic.replace("~", "/flow")} if msg_type.__name__ == "Image" else ())
+
+    images = {"/image"}
+    for name in ENTRY_POINTS[OUTPUTS]:
+        registry.load(OUTPUTS, name, Output)(Recorder())
+
+    displays = yaml.safe_load(share_file("config/flow.rviz").read_text())["Visualization Manager"]["Displays"]
+    assert len(displays) >= 3
+    for display in displays:
+        assert display["Class"] == "rviz_default_plugins/Image" and display["Topic"]["Value"] in images
+        # Enabled or not is said twice in RViz's files.
+        assert display["Enabled"] == display["Value"]
+        # Satisfied by whatever a publisher offers.
+        assert display["Topic"]["Reliability Policy"] == "Best Effort"
+        assert display["Topic"]["Durability Policy"] == "Volatile"
+    assert "/flow/flow/color" in [display["Topic"]["Value"] for display in displays if display["Enabled"]]
+
+    layout = json.loads(share_file("config/flow.foxglove.json").read_text())
+    panels = layout["configById"]
+    shown = {panel["imageMode"]["imageTopic"] for panel in panels.values() if "imageMode" in panel}
+    assert {"/image", "/flow/flow/color"} <= shown <= images
+    status = panels["DiagnosticStatusPanel!flow"]
+    assert status["selectedName"] == f"flow: {FlowNode.KIND}" and status["topicToRender"] == "/diagnostics"
+
+    def leaves(tree):
+        return {tree} if isinstance(tree, str) else leaves(tree["first"]) | leaves(tree["second"])
+
+    assert leaves(layout["layout"]) == set(panels)
 
 
 def test_the_shipped_parameter_files_fit_the_nodes():

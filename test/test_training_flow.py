@@ -360,10 +360,13 @@ def test_the_mean_error_counts_valid_pixels_only():
         ({"motion": (0.0, 1.0)}, "motion must be two positive numbers"),
         ({"dataset": "chairs"}, "both its name"),
         ({"occluded_weight": 1.5}, "occluded_weight must lie between 0 and 1, got 1.5"),
+        ({"loss_exponent": 0.0}, "loss_exponent must be above 0 and at most 1, got 0.0"),
         ({"reuse": 0}, "reuse must be at least 1, got 0"),
         ({"frozen_levels": 2}, "frozen_levels needs initial"),
         ({"only_fresh": 1}, "only_fresh needs initial"),
         ({"initial_radii": (4,)}, "initial_radii needs initial"),
+        ({"initial_context": (0,)}, "initial_context needs initial"),
+        ({"initial_vote_gain": 0.0}, "initial_vote_gain needs initial"),
     ],
 )
 def test_training_options_that_cannot_work_are_refused(changes, reason):
@@ -443,6 +446,34 @@ def test_a_level_is_added_to_a_trained_network(monkeypatch, trained):
     flows = network(tf.random.uniform((2, 64, 64, 3), -1, 1, seed=1))
     step = flows["flow_2"] - resize_flow(flows["flow_3"], 16, 16)
     assert float(tf.math.reduce_std(step)) < 0.3
+
+
+@pytest.mark.parametrize("before", [(), (3, 2)])
+def test_a_context_network_is_added_to_a_trained_network_or_taken_away(monkeypatch, tmp_path, before):
+    """The rest keeps its weights; what is new starts with a flow near zero."""
+    after = () if before else (3, 2)
+    path = tmp_path / "start.weights.h5"
+    build_network(dataclasses.replace(SINGLE, context=before), 64, 64).save_weights(path)
+    monkeypatch.setitem(OPERATING_POINTS, "single", dataclasses.replace(SINGLE, context=after))
+    config = loop.TrainConfig(
+        network="single", height=64, width=64, batch=1, initial=str(path), initial_context=before or (0,)
+    )
+    network, fresh = loop.make_network(config)
+    assert fresh == (["context_3_conv0", "context_3_conv1", "flow_context_3"] if after else [])
+    kernel = network.get_layer("decoder_3_conv0").kernel.numpy()
+    loop.start_from_data(network, config, fresh)
+    np.testing.assert_array_equal(network.get_layer("decoder_3_conv0").kernel.numpy(), kernel)
+
+
+def test_a_vote_is_added_to_a_trained_network(monkeypatch, trained):
+    monkeypatch.setitem(OPERATING_POINTS, "single", dataclasses.replace(SINGLE, vote_gain=10.0))
+    config = loop.TrainConfig(
+        network="single", height=64, width=64, batch=1, initial=trained, initial_vote_gain=0.0
+    )
+    network, fresh = loop.make_network(config)
+    assert fresh == ["vote_3", "project_votes_3"]
+    loop.start_from_data(network, config, fresh)
+    np.testing.assert_array_equal(network.get_layer("vote_3").kernel.numpy()[0, 0], 10 * np.eye(9))
 
 
 def test_frozen_levels_of_the_encoder_are_not_trained(trained):

@@ -38,6 +38,8 @@ DEEP = NetworkConfig(
     match_channels=8,
     radii=(1, 1, 2),
     decoder=(8, 6),
+    context=(6, 5),
+    vote_gain=20.0,
 )
 
 

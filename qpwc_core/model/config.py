@@ -23,6 +23,12 @@ class NetworkConfig:
         decoder: channels of each decoder: the first is a sum of 1x1 projections of its inputs, the others
             are 3x3 convolutions.
         finest_decoder: the same of the finest level, which has the most cells; empty: as the others.
+        context: channels of the 3x3 convolutions that see the coarsest decoder's output and add to its flow, as
+            PWC-Net's context network does to the finest. On the coarsest grid they cost little and reach across
+            the image; empty: none.
+        vote_gain: at the coarsest level the costs of all cells are averaged, multiplied by this to begin with, and
+            their softmax is shown to every cell: how likely each shift is for the image as a whole. Plain surfaces
+            follow the camera, and only together have their cells evidence of it. 0: no vote.
         flow_input_range: flow, in level pixels, that saturates the decoder's flow input. The decoder sees
             the flow only as context; the flow it adds to is kept in full precision beside it.
     """
@@ -38,10 +44,12 @@ class NetworkConfig:
     sharpness: float = 10.0
     decoder: tuple[int, ...] = (64, 64, 48, 32)
     finest_decoder: tuple[int, ...] = ()
+    context: tuple[int, ...] = ()
+    vote_gain: float = 0.0
     flow_input_range: float = 16.0
 
     def __post_init__(self) -> None:
-        for field in ("pyramid", "extra_convs", "radii", "decoder", "finest_decoder"):
+        for field in ("pyramid", "extra_convs", "radii", "decoder", "finest_decoder", "context"):
             object.__setattr__(self, field, tuple(int(v) for v in getattr(self, field)))
         for field, least in (("pyramid", 1), ("extra_convs", 0), ("radii", 1), ("decoder", 1)):
             if min(getattr(self, field), default=0) < least:
@@ -61,6 +69,10 @@ class NetworkConfig:
             raise ValueError("decoder needs at least two entries")
         if self.finest_decoder and (len(self.finest_decoder) < 2 or min(self.finest_decoder) < 1):
             raise ValueError(f"finest_decoder needs at least two positive entries, or none, got {self.finest_decoder}")
+        if self.vote_gain < 0:
+            raise ValueError(f"vote_gain must not be negative, got {self.vote_gain}")
+        if min(self.context, default=1) < 1:
+            raise ValueError(f"context needs positive numbers, or none, got {self.context}")
         if self.height % self.stride or self.width % self.stride:
             raise ValueError(f"{self.height}x{self.width} is not a multiple of the stride {self.stride}")
 

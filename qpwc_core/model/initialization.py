@@ -28,7 +28,7 @@ def initialize_from_data(
 ) -> None:
     """Rescales the kernels and sets the biases of a freshly built flow network, layer by layer.
 
-    The projections of the flow keep their kernels.
+    The projections of the flow keep their kernels, and so does the vote.
 
     Args:
         images: stacked pairs, uint8 2BxHxWx3; a few dozen images are enough.
@@ -41,13 +41,14 @@ def initialize_from_data(
             continue
         arguments = tf.nest.map_structure(lambda tensor: values[id(tensor)], layer.input)
         # The flow is nearly zero before training: scaled to unit variance (by about a hundred), a flow of a
-        # few pixels would later drown the decoder's other inputs.
-        scaled = isinstance(layer, keras.layers.Conv2D) and not layer.name.startswith("project_flow")
+        # few pixels would later drown the decoder's other inputs. The vote has a scale that means something.
+        kept = layer.name.startswith(("project_flow", "project_votes", "vote_"))
+        scaled = isinstance(layer, keras.layers.Conv2D) and not kept
         if scaled and (fresh is None or layer.name in fresh):
             activation, layer.activation = layer.activation, keras.activations.linear
             mean, variance = tf.nn.moments(layer(arguments), axes=[0, 1, 2])
             layer.activation = activation
-            target = _FLOW_STEP_DEVIATION if layer.name.startswith("flow_step") else 1.0
+            target = _FLOW_STEP_DEVIATION if layer.name.startswith(("flow_step", "flow_context")) else 1.0
             scale = target / tf.sqrt(variance + 1e-6)
             kernel, bias = layer.kernel, layer.bias
             kernel.assign(kernel * scale)

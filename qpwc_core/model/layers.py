@@ -271,6 +271,20 @@ class ShiftShares(keras.layers.Layer):
         return tf.nn.softmax(cost, axis=-1)
 
 
+@keras.utils.register_keras_serializable(package="qpwc")
+class ScaledIdentity(keras.initializers.Initializer):
+    """Kernel of a 1x1 convolution, 1x1xKxK, that multiplies its input by ``gain``."""
+
+    def __init__(self, gain: float):
+        self.gain = gain
+
+    def __call__(self, shape, dtype=None, **kwargs):
+        return tf.reshape(self.gain * tf.eye(shape[-2], shape[-1], dtype=dtype or tf.float32), shape)
+
+    def get_config(self):
+        return {"gain": self.gain}
+
+
 class UpsampleFeatures(keras.layers.Layer):
     """Bilinear upsampling of features by two."""
 

@@ -18,6 +18,7 @@ from qpwc_core.model.config import NetworkConfig
 from qpwc_core.model.layers import (
     CostVolume,
     NormalizeFeatures,
+    ScaledIdentity,
     ScaleFlow,
     ShiftShares,
     Split,
@@ -33,14 +34,22 @@ from qpwc_core.model.layers import (
 _SLOPE = 0.1
 
 
-def _conv(channels: int, size: int, name: str, *, stride: int = 1, activation: str | None = "relu"):
+def _conv(
+    channels: int,
+    size: int,
+    name: str,
+    *,
+    stride: int = 1,
+    activation: str | None = "relu",
+    initializer: str | keras.initializers.Initializer | None = None,
+):
     return keras.layers.Conv2D(
         channels,
         size,
         strides=stride,
         padding="same",
         activation=activation,
-        kernel_initializer="he_normal" if activation else "glorot_normal",
+        kernel_initializer=initializer or ("he_normal" if activation else "glorot_normal"),
         name=name,
     )
 
@@ -119,6 +128,8 @@ def decode(
         projected.append(
             _conv(decoder[0], 1, f"project_context_{level}", activation=None)(prev[f"context_{level}"])
         )
+        if config.vote_gain and flow is None:
+            projected.append(_vote(cost, decoder[0], config.vote_gain, level))
         hidden = projected[0]
         for index, other in enumerate(projected[1:]):
             hidden = keras.layers.Add(name=f"sum_{level}_{index}")([hidden, other])
@@ -128,9 +139,32 @@ def decode(
             hidden = keras.layers.LeakyReLU(_SLOPE, name=f"decoder_{level}_act{index}")(hidden)
         # The step is a small difference of large sums; in int8 it alone would cost pixels.
         step = _conv(2, 3, f"flow_step_{level}", activation=None)(hidden)
-        flow = step if flow is None else keras.layers.Add(name=f"flow_add_{level}")([flow, step])
+        # The coarsest level has no flow to add to, but a second look, farther around.
+        other = flow if flow is not None else _context_step(hidden, config.context, level)
+        flow = step if other is None else keras.layers.Add(name=f"flow_add_{level}")([other, step])
         flows[f"flow_{level}"] = flow
     return flows
+
+
+def _vote(cost: tf.Tensor, channels: int, gain: float, level: int) -> tf.Tensor:
+    """What all cells together say about the shift, Bx1x1xchannels; nothing at first.
+
+    Costs are log-likelihoods of shifts up to a factor, ``gain``, and would add up if all cells moved alike.
+    """
+    mean = keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"vote_mean_{level}")(cost)
+    scaled = _conv(cost.shape[-1], 1, f"vote_{level}", activation=None, initializer=ScaledIdentity(gain))(mean)
+    shares = ShiftShares(name=f"vote_shares_{level}")(scaled)
+    return _conv(channels, 1, f"project_votes_{level}", activation=None, initializer="zeros")(shares)
+
+
+def _context_step(hidden: tf.Tensor, channels: tuple[int, ...], level: int) -> tf.Tensor | None:
+    """What the context network adds to a level's flow, BxHxWx2; None without one."""
+    if not channels:
+        return None
+    for index, count in enumerate(channels):
+        hidden = _conv(count, 3, f"context_{level}_conv{index}", activation=None)(hidden)
+        hidden = keras.layers.LeakyReLU(_SLOPE, name=f"context_{level}_act{index}")(hidden)
+    return _conv(2, 3, f"flow_context_{level}", activation=None)(hidden)
 
 
 def build_network(

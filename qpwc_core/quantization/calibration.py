@@ -38,8 +38,12 @@ def range_variables(quantized: keras.Model) -> dict[str, tf.Variable]:
     return ranges
 
 
-class _Observation:
-    """Collects low and high percentiles of every observed tensor."""
+#: How a range is chosen from what was seen.
+METHODS = ("percentile", "min-max", "mse")
+
+
+class _Percentiles:
+    """Low and high percentiles of every observed tensor; 100: minimum and maximum."""
 
     def __init__(self, percentile: float):
         self._percentiles = [100 - percentile, percentile]
@@ -53,14 +57,50 @@ class _Observation:
         return float(min(values[:, 0].min(), 0.0)), float(max(values[:, 1].max(), 1e-3))
 
 
-def measure(quantized: keras.Model, images: Iterable[np.ndarray], percentile: float) -> _Observation:
-    """Runs the network unrounded and observes every tensor that has a range.
+class _Samples:
+    """Values of every observed tensor, to find the range with the least mean squared error."""
+
+    #: Values kept of a tensor per batch, evenly spread over it; extremes are kept besides.
+    KEPT = 8192
+    #: Candidates for either end, as shares of the extreme value.
+    SHARES = np.linspace(0.2, 1.0, 41)
+
+    def __init__(self):
+        self.seen: dict[str, list[np.ndarray]] = {}
+
+    def record(self, name: str, tensor: tf.Tensor) -> None:
+        values = tensor.numpy().ravel()
+        kept = values[:: max(len(values) // self.KEPT, 1)]
+        self.seen.setdefault(name, []).append(np.append(kept, [values.min(), values.max()]))
+
+    def range_of(self, name: str) -> tuple[float, float]:
+        values = np.concatenate(self.seen[name])
+        low, high = min(float(values.min()), 0.0), max(float(values.max()), 1e-3)
+
+        def error(ends: tuple[float, float]) -> float:
+            step = (ends[1] - ends[0]) / 255
+            return float(np.square(values - np.clip(np.round(values / step) * step, *ends)).mean())
+
+        # Both ends together first, then each alone.
+        best = min(((low * share, high * share) for share in self.SHARES), key=error)
+        best = min(((low * share, best[1]) for share in self.SHARES), key=error) if low < 0 else best
+        return min(((best[0], high * share) for share in self.SHARES), key=error)
+
+
+def _observation(method: str, percentile: float) -> _Percentiles | _Samples:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    return _Samples() if method == "mse" else _Percentiles(100.0 if method == "min-max" else percentile)
+
+
+def measure(
+    quantized: keras.Model, images: Iterable[np.ndarray], observation: _Percentiles | _Samples
+) -> None:
+    """Runs the network unrounded and shows every tensor that has a range to ``observation``.
 
     Args:
         images: batches of stacked pairs, uint8 2BxHxWx3.
-        percentile: how much of each tensor the range covers, per batch; 100 is min-max.
     """
-    observation = _Observation(percentile)
     observed = []
     for layer in quantized.layers:
         for quantizer in getattr(layer, "_output_quantizers", None) or []:
@@ -77,17 +117,29 @@ def measure(quantized: keras.Model, images: Iterable[np.ndarray], percentile: fl
     finally:
         for owner in observed:
             owner.observer = None
-    return observation
 
 
-def calibrate(quantized: keras.Model, images: Iterable[np.ndarray], percentile: float = 99.995) -> None:
+def calibrate(
+    quantized: keras.Model,
+    images: Iterable[np.ndarray],
+    percentile: float = 99.995,
+    method: str = "percentile",
+) -> None:
     """Sets every range of a quantized network that holds float weights.
 
+    Args:
+        images: batches of stacked pairs, uint8 2BxHxWx3.
+        percentile: share of a tensor's values that its range covers, per batch; the widest batch counts.
+        method: "percentile"; "min-max", which is its limit; or "mse", the range with the least mean squared error
+            of the rounded tensor.
+
     Raises:
-        ValueError: a tensor with a range was never seen (the network needs the "slices" cost form).
+        ValueError: unknown method, or a tensor with a range was never seen (the network needs the "slices" cost
+            form).
     """
+    observation = _observation(method, percentile)
     set_weight_ranges(quantized)
-    observation = measure(quantized, images, percentile)
+    measure(quantized, images, observation)
     ranges = range_variables(quantized)
     for name, variable in ranges.items():
         source = name

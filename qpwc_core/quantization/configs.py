@@ -21,7 +21,7 @@ from qpwc_core.model.network import build_network
 _quantize = tfmot.quantization.keras
 
 #: Layers that stay float: the flow and everything computed only from it.
-FLOAT_LAYERS = re.compile(r"flow_(step|add|up)_\d+")
+FLOAT_LAYERS = re.compile(r"flow_(step|context|add|up)_\d+")
 #: Layers that only pass on what is rounded already.
 PASSING_LAYERS = re.compile(r"(prev|next)_.*")
 #: Ranges known beforehand.
@@ -31,6 +31,7 @@ FIXED_RANGES = {
     "weight": (0.0, 1.0),
     # TFLite's int8 softmax has this output scale and no other.
     "shares": (0.0, 255.0 / 256.0),
+    "vote_shares": (0.0, 255.0 / 256.0),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Mapping
+from typing import Callable, Mapping
 
 import tensorflow as tf
 import tf_keras as keras
@@ -18,6 +18,9 @@ from qpwc_core.quantization.configs import build_quantized_network
 
 FORMAT = 1
 
+#: Takes a converter and the name of the signature that it is about to convert.
+Prepare = Callable[[tf.lite.TFLiteConverter, str], None]
+
 
 def _encoder(network: keras.Model, config: NetworkConfig) -> keras.Model:
     outputs = {name: network.get_layer(layer).output for name, layer in feature_layers(config).items()}
@@ -28,7 +31,9 @@ def _matcher(network: keras.Model, inputs: list[str], finest: str) -> keras.Mode
     return keras.Model({name: network.get_layer(name).output for name in inputs}, network.output[finest])
 
 
-def _convert(module: tf.Module, function, signature: str, quantized: bool, input_type, output_type) -> bytes:
+def _convert(
+    module: tf.Module, function, signature: str, quantized: bool, input_type, output_type, prepare: Prepare | None
+) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         tf.saved_model.save(module, directory, signatures={signature: function})
         converter = tf.lite.TFLiteConverter.from_saved_model(directory, signature_keys=[signature])
@@ -36,11 +41,19 @@ def _convert(module: tf.Module, function, signature: str, quantized: bool, input
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
             converter.inference_input_type = input_type
             converter.inference_output_type = output_type
+        if prepare is not None:
+            prepare(converter, signature)
         return converter.convert()
 
 
 def export_network(
-    config: NetworkConfig, weights: Path, path: Path, *, quantized: bool, figures: Mapping | None = None
+    config: NetworkConfig,
+    weights: Path,
+    path: Path,
+    *,
+    quantized: bool,
+    figures: Mapping | None = None,
+    prepare: Prepare | None = None,
 ) -> None:
     """Writes the deployable model.
 
@@ -51,6 +64,7 @@ def export_network(
     Args:
         weights: of ``build_network``, or of ``build_quantized_network`` if ``quantized``.
         figures: measured figures to carry along in the metadata.
+        prepare: what else to set on the converter of each signature; for comparisons.
     """
     height, width = config.height, config.width
     build = build_quantized_network if quantized else build_network
@@ -94,8 +108,8 @@ def export_network(
     )
     merged = flatbuffer.merge(
         [
-            _convert(module, encode, "encode", quantized, tf.uint8, tf.int8),
-            _convert(module, match_signature, "match", quantized, tf.int8, tf.float32),
+            _convert(module, encode, "encode", quantized, tf.uint8, tf.int8, prepare),
+            _convert(module, match_signature, "match", quantized, tf.int8, tf.float32, prepare),
         ]
     )
     flatbuffer.set_metadata(

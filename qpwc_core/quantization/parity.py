@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qpwc_core.data.render import Sample
-from qpwc_core.evaluation import CLASSICAL
+from qpwc_core.evaluation import CLASSICAL, Estimate
 from qpwc_core.metrics import epe
 from qpwc_core.runtime.estimator import FlowEstimator
 
@@ -31,24 +31,52 @@ class Parity:
     difference: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One model beside its float twin: mean endpoint error in pixels, its ratio to the float model's, the largest ratio
+    of a single pair, and the mean distance between the two flows in pixels."""
+
+    epe: float
+    ratio: float
+    worst_ratio: float
+    difference: float
+
+
+def flows_of(estimate: Estimate, samples: list[Sample]) -> list[np.ndarray]:
+    """Flow of every sample, float32 (H, W, 2), pixels."""
+    return [estimate(sample.prev, sample.next) for sample in samples]
+
+
+def errors_of(flows: list[np.ndarray], samples: list[Sample]) -> np.ndarray:
+    """Endpoint error of each pair, in pixels."""
+    return np.array([epe(flow, sample.flow, sample.valid) for flow, sample in zip(flows, samples)])
+
+
+def score(flows: list[np.ndarray], reference: list[np.ndarray], samples: list[Sample]) -> Score:
+    """Compares a model's flows with those of the float model."""
+    errors, wanted = errors_of(flows, samples), errors_of(reference, samples)
+    return Score(
+        epe=float(errors.mean()),
+        ratio=float(errors.mean() / wanted.mean()),
+        worst_ratio=float(np.max(errors / np.maximum(wanted, 1e-6))),
+        difference=float(np.mean([epe(flow, other) for flow, other in zip(flows, reference)])),
+    )
+
+
 def compare(float_model: Path, int8_model: Path, samples: list[Sample]) -> Parity:
     """Runs both models and OpenCV's DIS (medium preset) over ``samples``."""
-    models = {"float32": FlowEstimator.load(float_model), "int8": FlowEstimator.load(int8_model)}
-    dis = CLASSICAL["dis-medium"]()
-    errors: dict[str, list[float]] = {"zero_flow": [], "dis_medium": [], "float32": [], "int8": []}
-    differences = []
-    for sample in samples:
-        flows = {name: model(sample.prev, sample.next) for name, model in models.items()}
-        differences.append(epe(flows["int8"], flows["float32"]))
-        flows["dis_medium"] = dis(sample.prev, sample.next)
-        flows["zero_flow"] = np.zeros_like(sample.flow)
-        for name, flow in flows.items():
-            errors[name].append(epe(flow, sample.flow, sample.valid))
-    means = {name: float(np.mean(values)) for name, values in errors.items()}
-    worst = float(np.max(np.array(errors["int8"]) / np.maximum(errors["float32"], 1e-6)))
+    reference, flows = (flows_of(FlowEstimator.load(path), samples) for path in (float_model, int8_model))
+    int8 = score(flows, reference, samples)
+    dis = flows_of(CLASSICAL["dis-medium"](), samples)
     return Parity(
-        len(samples), **means, ratio=means["int8"] / means["float32"], worst_ratio=worst,
-        difference=float(np.mean(differences)),
+        len(samples),
+        zero_flow=float(errors_of([np.zeros_like(sample.flow) for sample in samples], samples).mean()),
+        dis_medium=float(errors_of(dis, samples).mean()),
+        float32=float(errors_of(reference, samples).mean()),
+        int8=int8.epe,
+        ratio=int8.ratio,
+        worst_ratio=int8.worst_ratio,
+        difference=int8.difference,
     )
 
 

@@ -13,6 +13,7 @@ from qpwc_core.model.network import build_network
 from qpwc_core.quantization import flatbuffer, parity
 from qpwc_core.quantization.calibration import calibrate
 from qpwc_core.quantization.configs import build_quantized_network, load_float_weights
+from qpwc_core.quantization.equalization import equalize
 from qpwc_core.quantization.export import export_network
 from qpwc_core.training import loop
 from qpwc_core.training.trainer import FlowTrainer
@@ -29,7 +30,9 @@ class QuantizeConfig:
         weights: float weights; None: those of ``out/train/NETWORK``, else the shipped ones.
         textures, validation_textures: archives of ``prepare_textures.py``; None: procedural patterns.
         calibration_pairs: pairs that the ranges are measured on.
-        percentile: share of an activation's values that its range covers.
+        method: how ranges are chosen, see ``calibration.METHODS``. percentile: share of an activation's values that its
+            range covers.
+        equalize: 1: rescale the encoder's channels to equal ranges first, which changes nothing in float; 0: do not.
         steps: optimization steps of quantization-aware fine-tuning; 0 leaves it at calibration.
         learning_rate: its peak.
         height, width, batch: its crops. motion: as in training.
@@ -41,7 +44,9 @@ class QuantizeConfig:
     textures: str | None = None
     validation_textures: str | None = None
     calibration_pairs: int = 64
+    method: str = "percentile"
     percentile: float = 99.995
+    equalize: int = 0
     steps: int = 400
     learning_rate: float = 5e-5
     height: int = 192
@@ -92,6 +97,15 @@ def find_weights(config: QuantizeConfig) -> Path:
     raise ValueError(f"no float weights: looked for {', '.join(str(path) for path in candidates)}; train first")
 
 
+def calibration_images(config: QuantizeConfig) -> list[np.ndarray]:
+    """Batches of stacked training pairs, uint8 2BxHxWx3, to measure ranges on."""
+    source = config.training().pipeline()
+    samples = flow_samples(source, source.load_textures(config.seed), np.random.default_rng(config.seed))
+    pairs = list(itertools.islice(samples, config.calibration_pairs))
+    groups = [pairs[start : start + config.batch] for start in range(0, len(pairs), config.batch)]
+    return [np.stack([s.prev for s in group] + [s.next for s in group]) for group in groups]
+
+
 def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
     """Runs or resumes; returns the paths of "int8" and "float32".
 
@@ -107,14 +121,12 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
     network.load_weights(weights)
     calibrated = directory / "calibrated.weights.h5"
     if not calibrated.exists():
+        images = calibration_images(config)
+        if config.equalize:
+            equalize(network, images)
         measured = build_quantized_network(point, config.height, config.width, cost_form="slices")
         load_float_weights(measured, network)
-        source = config.training().pipeline()
-        samples = flow_samples(source, source.load_textures(config.seed), np.random.default_rng(config.seed))
-        pairs = list(itertools.islice(samples, config.calibration_pairs))
-        groups = [pairs[start : start + config.batch] for start in range(0, len(pairs), config.batch)]
-        stacked = (np.stack([s.prev for s in group] + [s.next for s in group]) for group in groups)
-        calibrate(measured, stacked, config.percentile)
+        calibrate(measured, images, config.percentile, config.method)
         loop.save_weights(measured, calibrated)
 
     best = calibrated

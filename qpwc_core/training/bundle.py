@@ -23,7 +23,14 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from qpwc_core.training.loop import TrainConfig, batch_signature, make_network, network_config, start_from_data
+from qpwc_core.training.loop import (
+    TrainConfig,
+    batch_signature,
+    make_network,
+    network_config,
+    start_from_data,
+    trainer_of,
+)
 from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 FORMAT = 1
@@ -36,7 +43,7 @@ def make_trainer(config: TrainConfig) -> FlowTrainer:
     """
     network, fresh = make_network(config)
     start_from_data(network, config, fresh)
-    trainer = FlowTrainer(network)
+    trainer = trainer_of(network, config)
     prepare_optimizer(trainer, config)
     return trainer
 
@@ -45,8 +52,11 @@ def export_step(config: TrainConfig, directory: Path) -> None:
     """Writes a bundle into ``directory``.
 
     Raises:
+        ValueError: an unknown network, or a strategy: a bundle runs on one accelerator.
         RuntimeError: the lowered step does not hand back every variable it takes.
     """
+    if config.strategy != "none":
+        raise ValueError(f"a bundle runs on one accelerator, without strategy {config.strategy}")
     trainer = make_trainer(config)
     signature = batch_signature(config)
     step = tf.function(trainer.update, jit_compile=True)

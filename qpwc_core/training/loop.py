@@ -23,12 +23,19 @@ from qpwc_core.model.initialization import fit_embeddings, initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, full_flow
 from qpwc_core.model.transfer import transfer_weights
-from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
+from qpwc_core.training.precision import PRECISIONS, with_precision
+from qpwc_core.training.trainer import FlowTrainer, LossScale, prepare_optimizer
 
 Builder = Callable[..., keras.Model]
 
 #: Pairs that a fresh network is initialized from.
 FRESH_PAIRS = 48
+
+#: Values of ``TrainConfig.strategy``.
+STRATEGIES = ("none", "mirrored", "multi-worker")
+
+#: In a run's directory, the whole state of a run with a strategy; one without has Keras' own backup.
+STATE = Path("backup", "state.npz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +54,15 @@ class TrainConfig:
         motion_limit: no layer's centre moves farther. A small picture is enlarged to the exported network's size, and
             its motion with it: what is learned has to reach farther than the largest motion of interest.
         initial: weights to start from, or None.
-        initial_network, initial_radii: the operating point that these weights belong to and its search radii, where
-            either differs from this run's. What both have is taken over, see ``model.transfer``; the rest starts fresh.
+        initial_network, initial_radii, initial_context, initial_vote_gain: the operating point that these weights
+            belong to, its search radii, its context network's channels (0: it has none) and its vote's gain (0: it has
+            none), where any differs from this run's. What both have is taken over, see ``model.transfer``; the rest
+            starts fresh.
         only_fresh: train only the layers that ``initial`` does not have: a new level on top of a trained network.
         frozen_levels: the encoder's levels 1 to this many keep the weights of ``initial``. They cost most of a step,
             having most pixels, and are the first to have learned what they can.
         reuse, occluded_weight: see ``PipelineConfig``.
+        loss_exponent: see ``multiscale_loss``; 1 is the endpoint error itself, less makes small errors count for more.
         refit_embeddings: pairs on which ``fit_embeddings`` sets the matching features of ``initial`` anew
             before the first step; 0 leaves them. A fresh network's are always fitted.
         validation_size, validation_count: the synthetic validation set.
@@ -60,6 +70,9 @@ class TrainConfig:
         dataset, dataset_root: a data set to train on instead of rendered scenes, and its directory.
             Validation stays synthetic, and so are the pairs that a fresh network is initialized from.
         scene_share: with a data set, share of samples that are rendered all the same.
+        strategy: how the batch is spread over accelerators: ``none``, one device; ``mirrored``, all GPUs of this
+            machine; ``multi-worker``, the machines that ``TF_CONFIG`` names. See ``distributed``.
+        precision: what the network computes in, see ``precision``; weights are float32 in all of them.
     """
 
     network: str = "qpwc_fast"
@@ -79,10 +92,13 @@ class TrainConfig:
     initial: str | None = None
     initial_network: str | None = None
     initial_radii: tuple[int, ...] = ()
+    initial_context: tuple[int, ...] = ()
+    initial_vote_gain: float | None = None
     only_fresh: int = 0
     frozen_levels: int = 0
     reuse: int = 2
     occluded_weight: float = 0.15
+    loss_exponent: float = 0.75
     refit_embeddings: int = 0
     validation_size: tuple[int, int] = (384, 512)
     validation_count: int = 32
@@ -90,6 +106,8 @@ class TrainConfig:
     dataset: str | None = dataclasses.field(default=None, metadata={"choices": tuple(FLOW_DATASETS)})
     dataset_root: str | None = None
     scene_share: float = 0.0
+    strategy: str = dataclasses.field(default="none", metadata={"choices": STRATEGIES})
+    precision: str = dataclasses.field(default="float32", metadata={"choices": PRECISIONS})
 
     def __post_init__(self) -> None:
         least = dict(batch=1, steps=0, epoch_steps=1, validation_count=1, workers=0, reuse=1, frozen_levels=0)
@@ -98,11 +116,18 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
         if not 0 <= self.occluded_weight <= 1:
             raise ValueError(f"occluded_weight must lie between 0 and 1, got {self.occluded_weight}")
+        if not 0 < self.loss_exponent <= 1:
+            raise ValueError(f"loss_exponent must be above 0 and at most 1, got {self.loss_exponent}")
         if not 0 < self.motion[0] <= self.motion[1]:
             raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
-        for name in ("initial_network", "initial_radii", "frozen_levels", "only_fresh"):
+        if self.initial_vote_gain is not None and not self.initial:
+            raise ValueError("initial_vote_gain needs initial, the weights it is about")
+        for name in ("initial_network", "initial_radii", "initial_context", "frozen_levels", "only_fresh"):
             if getattr(self, name) and not self.initial:
                 raise ValueError(f"{name} needs initial, the weights it is about")
+        for name, known in (("strategy", STRATEGIES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         self.pipeline()  # checks its own part
 
     def pipeline(self) -> PipelineConfig:
@@ -227,10 +252,11 @@ class Validate(keras.callbacks.Callback):
         history = self._directory / "history.csv"
         if not history.exists():
             history.write_text("step,loss,train_epe,validation_epe,validation_zero_flow,skipped\n")
+        # As arrays: a variable of several replicas is no number.
+        step, skipped = (int(v.numpy()) for v in (self._trainer.optimizer.iterations, self._trainer.skipped))
         with history.open("a") as file:
             file.write(
-                f"{int(self._trainer.optimizer.iterations)},{logs['loss']:.5f},{logs['epe']:.4f},{error:.4f},"
-                f"{self.zero_flow:.4f},{int(self._trainer.skipped)}\n"
+                f"{step},{logs['loss']:.5f},{logs['epe']:.4f},{error:.4f},{self.zero_flow:.4f},{skipped}\n"
             )
 
     def _best(self) -> float:
@@ -313,6 +339,21 @@ def check_directory(directory: Path, network: NetworkConfig) -> None:
             raise ValueError(f"{directory} holds a run of a different network; choose another directory")
 
 
+def check_strategy(directory: Path, strategy: str) -> None:
+    """Lets a run resume only with a strategy or without one, as it began: each kind has a backup of its own.
+
+    Raises:
+        ValueError: it began otherwise.
+    """
+    existing = directory / "config.json"
+    if existing.exists() and (directory / "history.csv").exists():
+        before = json.loads(existing.read_text())["run"].get("strategy", "none")
+        if (before == "none") != (strategy == "none"):
+            raise ValueError(
+                f"{directory} holds a run with strategy {before}, not {strategy}; choose another directory"
+            )
+
+
 def load_initial(network: keras.Model, config: TrainConfig) -> list[str]:
     """Loads the weights that a run starts from.
 
@@ -325,6 +366,10 @@ def load_initial(network: keras.Model, config: TrainConfig) -> list[str]:
     point = network_config(config.initial_network or config.network)
     if config.initial_radii:
         point = dataclasses.replace(point, radii=config.initial_radii)
+    if config.initial_context:
+        point = dataclasses.replace(point, context=tuple(count for count in config.initial_context if count))
+    if config.initial_vote_gain is not None:
+        point = dataclasses.replace(point, vote_gain=config.initial_vote_gain)
     source = build_network(point, config.height, config.width)
     try:
         source.load_weights(config.initial)
@@ -351,11 +396,18 @@ def make_network(config: TrainConfig) -> tuple[keras.Model, list[str] | None]:
     """
     keras.utils.set_random_seed(config.seed)
     network = build_network(network_config(config.network), config.height, config.width, batch=config.batch)
+    network = with_precision(network, config.precision)
     fresh = None
     if config.initial:
         fresh = load_initial(network, config)
         freeze(network, config, fresh)
     return network, fresh
+
+
+def trainer_of(network: keras.Model, config: TrainConfig, kind: type[FlowTrainer] = FlowTrainer) -> FlowTrainer:
+    """A trainer of what :func:`make_network` gives, for the run's precision."""
+    loss_scale = LossScale() if config.precision == "mixed_float16" else None
+    return kind(network, loss_exponent=config.loss_exponent, loss_scale=loss_scale)
 
 
 def start_from_data(network: keras.Model, config: TrainConfig, fresh: list[str] | None) -> None:
@@ -413,10 +465,16 @@ def train(config: TrainConfig, directory: Path) -> Path:
     Raises:
         ValueError: an unknown network, or ``directory`` holds a run of another network.
     """
+    if config.strategy != "none":
+        # Here, since it has this module's parts.
+        from qpwc_core.training import distributed
+
+        return distributed.train(config, directory)
     point = network_config(config.network)
     network, fresh = make_network(config)
     # Last: options that do not work must not replace the config of a run that does.
     check_directory(directory, point)
+    check_strategy(directory, config.strategy)
     write_config(directory, config, point)
-    trainer = FlowTrainer(network)
+    trainer = trainer_of(network, config)
     return fit(trainer, point, config, directory, prepare=lambda: start_from_data(network, config, fresh))

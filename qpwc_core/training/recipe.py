@@ -258,6 +258,10 @@ def _stage(
         network_config(values["network"])
     if kind in ("pre_train", "train") and values.get("steps", 1) < 1:
         raise ValueError(f"steps must be at least 1, got {values['steps']}")
+    strategy = values.get("strategy", "none")
+    if strategy == "multi-worker" or (via and strategy != "none"):
+        where = "on one accelerator" if via else "on one machine"
+        raise ValueError(f"strategy {strategy} cannot be here: {'a bundle' if via else 'a recipe'} runs {where}")
     return Stage(number, kind, config(**values), directory / f"{number:02d}_{kind}", via == BUNDLE)
 
 

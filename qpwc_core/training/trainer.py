@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Mapping, Protocol
+from typing import Iterable, Iterator, Mapping, Protocol
 
 import tensorflow as tf
 import tf_keras as keras
@@ -47,15 +47,42 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+class LossScale(tf.Module):
+    """A factor on the loss, without which small gradients would be zero in float16.
+
+    Halved after a step that was not finite, doubled after ``growth_steps`` in a row that were.
+    (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2.)
+    """
+
+    def __init__(self, initial: float = 2.0**13, growth_steps: int = 1000):
+        super().__init__()
+        self.factor = tf.Variable(initial, trainable=False, dtype=tf.float32, name="loss_scale")
+        self.good_steps = tf.Variable(0, trainable=False, dtype=tf.int64, name="good_steps")
+        self._growth_steps = growth_steps
+
+    def after(self, finite: tf.Tensor) -> list[tuple[tf.Variable, tf.Tensor]]:
+        """Both variables with their values after a step."""
+        none = tf.zeros_like(self.good_steps)
+        steps = tf.where(finite, self.good_steps + 1, none)
+        grown = steps >= self._growth_steps
+        factor = tf.where(grown, 2.0 * self.factor, tf.where(finite, self.factor, 0.5 * self.factor))
+        return [
+            (self.factor, tf.clip_by_value(factor, 1.0, 2.0**24)),
+            (self.good_steps, tf.where(grown, none, steps)),
+        ]
+
+
 class FlowTrainer(keras.Model):
     """Supervised training of a flow network.
 
     Args:
-        network: what ``build_network`` returns.
+        network: what ``build_network`` returns, or ``with_precision`` of it.
         clip_norm: gradients are scaled so that their global norm stays below this.
         matching_weight: weight of ``matching_loss``, summed over the levels.
         average_decay: decay of the exponential moving average of the weights, which is what one ships
             (Polyak averaging); it ramps up, so that early averages forget the initialization.
+        loss_exponent: see ``multiscale_loss``.
+        loss_scale: see ``LossScale``; None: the loss as it is.
 
     A step whose loss or gradient is not finite changes nothing and is counted in ``skipped``.
     """
@@ -67,6 +94,8 @@ class FlowTrainer(keras.Model):
         clip_norm: float = 5.0,
         average_decay: float = 0.999,
         matching_weight: float = 0.3,
+        loss_exponent: float = 0.75,
+        loss_scale: LossScale | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -78,6 +107,8 @@ class FlowTrainer(keras.Model):
             network.input, {**network.output, **{name: network.get_layer(name).output for name in watched}}
         )
         self.clip_norm = clip_norm
+        self.loss_exponent = loss_exponent
+        self.loss_scale = loss_scale
         self.average_decay = average_decay
         self.averages = [
             tf.Variable(v, trainable=False, name=f"average_{i}") for i, v in enumerate(network.trainable_variables)
@@ -99,42 +130,61 @@ class FlowTrainer(keras.Model):
         images = normalize(tf.concat([batch["prev"], batch["next"]], axis=0))
         tensors = self._watched(images, training=True)
         flows = {f"flow_{level}": tensors[f"flow_{level}"] for level in self._levels}
-        loss, error = multiscale_loss(flows, batch["flow"], batch["valid"])
+        loss, error = multiscale_loss(
+            flows, batch["flow"], batch["valid"], exponent=self.loss_exponent
+        )
         matching = tf.constant(0.0)
         for level in self._levels if self.matching_weight else ():
             target, valid = downsample_flow(batch["flow"], batch["valid"], 2**level)
             residual = target / 2.0**level
             if level != self._levels[-1]:
                 residual -= tf.stop_gradient(tensors[f"flow_up_{level}"])
-            matching += matching_loss(tensors[f"cost_{level}"], residual, valid)
+            # Half precision has too few digits for a softmax over many shifts.
+            matching += matching_loss(tf.cast(tensors[f"cost_{level}"], tf.float32), residual, valid)
         zero = masked_mean(endpoint_error(tf.zeros_like(batch["flow"]), batch["flow"]), batch["valid"])
         loss += self.matching_weight * matching
         return {"loss": loss, "epe": error, "zero_flow": zero, "matching": matching}
 
-    def update(self, batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """One optimization step; batch as in ``qpwc_core.data.pipeline.to_batch``."""
-        variables = self.network.trainable_variables
+    def _gradients(self, batch: Mapping[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], list[tf.Tensor]]:
+        """Losses, and the gradients of their sum in the order of the network's trainable variables."""
         with tf.GradientTape() as tape:
             losses = self._loss(batch)
-        gradients = tape.gradient(losses["loss"], variables)
+            loss = losses["loss"] if self.loss_scale is None else losses["loss"] * self.loss_scale.factor
+        gradients = tape.gradient(loss, self.network.trainable_variables)
+        if self.loss_scale is not None:
+            gradients = [gradient / self.loss_scale.factor for gradient in gradients]
+        return losses, gradients
+
+    def update(self, batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """One optimization step; batch as in ``qpwc_core.data.pipeline.to_batch``."""
+        losses, gradients = self._gradients(batch)
         gradients, norm = tf.clip_by_global_norm(gradients, self.clip_norm)
         finite = tf.math.is_finite(losses["loss"]) & tf.math.is_finite(norm)
-        self._apply_if(finite, gradients, variables)
+        self._apply_if(finite, gradients, self.network.trainable_variables)
         return {**losses, "gradient_norm": norm, "skipped": self.skipped}
 
     def _apply_if(self, finite: tf.Tensor, gradients, variables) -> None:
         # Selecting the result instead of branching keeps one straight-line program for every compiler.
         touched = [*variables, *self.optimizer.variables]
         before = [tf.identity(v) for v in touched]
-        self.optimizer.apply_gradients(zip(gradients, variables))
-        for variable, old in zip(touched, before):
-            variable.assign(tf.where(finite, variable, old))
+        # Where there are several replicas they have been averaged already.
+        self.optimizer.apply_gradients(zip(gradients, variables), skip_gradients_aggregation=True)
+        self._assign((variable, tf.where(finite, variable, old)) for variable, old in zip(touched, before))
         step = tf.cast(self.optimizer.iterations, tf.float32)
         decay = tf.minimum(self.average_decay, (1.0 + step) / (10.0 + step))
         decay = tf.where(finite, decay, 1.0)
-        for average, variable in zip(self.averages, variables):
-            average.assign(average * decay + variable * (1.0 - decay))
-        self.skipped.assign_add(tf.cast(~finite, tf.int64))
+        self._assign(
+            (average, average * decay + variable * (1.0 - decay))
+            for average, variable in zip(self.averages, variables)
+        )
+        self._assign([(self.skipped, self.skipped + tf.cast(~finite, tf.int64))])
+        if self.loss_scale is not None:
+            self._assign(self.loss_scale.after(finite))
+
+    def _assign(self, pairs: Iterable[tuple[tf.Variable, tf.Tensor]]) -> None:
+        """Gives variables their new values."""
+        for variable, value in pairs:
+            variable.assign(value)
 
     def train_step(self, data):
         results = self.update(keras.utils.unpack_x_y_sample_weight(data)[0])
@@ -177,8 +227,12 @@ class Schedule(Protocol):
     weight_decay: float
 
 
-def prepare_optimizer(trainer: FlowTrainer, config: Schedule) -> None:
-    """Gives a trainer its optimizer, with all its variables, so that its state can be restored or exported."""
+def prepare_optimizer(trainer: FlowTrainer, config: Schedule, *, jit_compile: bool = True) -> None:
+    """Gives a trainer its optimizer, with all its variables, so that its state can be restored or exported.
+
+    Args:
+        jit_compile: compile the whole step with XLA.
+    """
     optimizer = make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay)
-    trainer.compile(optimizer=optimizer, jit_compile=True)
+    trainer.compile(optimizer=optimizer, jit_compile=jit_compile)
     trainer.optimizer.build(trainer.network.trainable_variables)

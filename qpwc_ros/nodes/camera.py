@@ -7,10 +7,9 @@ waiting.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -244,13 +243,13 @@ class CameraNode(Reporting, Node):
         return self._parameter("source")
 
 
-def main(args: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; returns the exit code."""
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the node until SIGINT or SIGTERM; ends the process with the exit code."""
     # OpenCV would print lines of its own about what is reported here in one.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    return run(CameraNode, "camera", args)
+    run(CameraNode, "camera", args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

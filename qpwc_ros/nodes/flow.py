@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import functools
 import gc
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
@@ -27,11 +26,12 @@ from qpwc_ros.codec import MAX_PIXELS
 from qpwc_ros.frames import one_line
 from qpwc_ros.nodes.reporting import Reporting
 from qpwc_ros.nodes.running import guarded, run
-from qpwc_ros.parameters import ParameterSpec, declare
+from qpwc_ros.parameters import ParameterError, ParameterSpec, declare
 from qpwc_ros.pipeline import Arrival, Pipeline
 from qpwc_ros.plugins import registry
 from qpwc_ros.plugins.base import Estimator, Output
 from qpwc_ros.plugins.builtin import ESTIMATORS, OUTPUTS
+from qpwc_ros.qos import subscription_events
 from qpwc_ros.sequence import SequenceGaps, with_info
 from qpwc_ros.worker import LatestWorker
 
@@ -135,6 +135,9 @@ class FlowNode(Reporting, LifecycleNode):
         self._estimators, self._estimator_errors = self._load_plugins(ESTIMATORS, Estimator)
         self._outputs, self._output_errors = self._load_plugins(OUTPUTS, Output)
         self._specs = self._declare_parameters()
+        refusal = self._intervals_refusal({})
+        if refusal:
+            raise ParameterError(f"parameter {refusal}")
         self.add_on_set_parameters_callback(self._check_parameters)
 
         self._start_diagnostics()
@@ -178,16 +181,21 @@ class FlowNode(Reporting, LifecycleNode):
                 refusal = self._specs[name].refusal(value) if name in self._specs else None
                 if refusal:
                     return SetParametersResult(successful=False, reason=refusal)
-            low, high = (new.get(name, self._parameter(name)) for name in ("min_interval", "max_interval"))
-            if low > high:
-                reason = f"min_interval {low:g} would be over max_interval {high:g}: nothing would pair"
-                return SetParametersResult(successful=False, reason=reason)
+            refusal = self._intervals_refusal(new)
+            if refusal:
+                return SetParametersResult(successful=False, reason=refusal)
             name, options = self._estimator_choice(new)
             if (name, options) != self._estimator_choice({}):
                 self._estimator_class(name).check(options)
         except Exception as error:
             return SetParametersResult(successful=False, reason=one_line(error))
         return SetParametersResult(successful=True)
+
+    def _intervals_refusal(self, new: dict[str, Any]) -> str | None:
+        low, high = (new.get(name, self._parameter(name)) for name in ("min_interval", "max_interval"))
+        if low > high:
+            return f"min_interval {low:g} would be over max_interval {high:g}: nothing would pair"
+        return None
 
     def _estimator_choice(self, new: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         name = new.get("estimator", self._parameter("estimator"))
@@ -402,20 +410,19 @@ class FlowNode(Reporting, LifecycleNode):
             callback,
             qos,
             qos_overriding_options=options,
-            event_callbacks=self._lost_counter(),
+            event_callbacks=subscription_events(
+                self._on_lost, functools.partial(self._on_mismatch, f"a publisher of {topic} offers less")
+            ),
         )
 
-    def _lost_counter(self) -> Any:
-        try:
-            from rclpy.event_handler import SubscriptionEventCallbacks
-        except ImportError:  # ROS 2 Humble
-            from rclpy.qos_event import SubscriptionEventCallbacks
-        return SubscriptionEventCallbacks(message_lost=self._on_lost)
+    @guarded
+    def _on_lost(self, count: int) -> None:
+        if not self._numbered:  # else these are among those missing
+            self.statistics.count("lost", count)
 
     @guarded
-    def _on_lost(self, event: Any) -> None:
-        if not self._numbered:  # else these are among those missing
-            self.statistics.count("lost", max(0, event.total_count_change))
+    def _on_mismatch(self, what: str, policy: str) -> None:
+        self.report("qos_mismatches", f"{what} than is asked for ({policy}): nothing comes from it")
 
     @guarded
     def _on_image(self, compressed: bool, msg: Any, info: Any) -> None:
@@ -512,10 +519,10 @@ class _Absent(Output):
         """Never called: it advertises nothing that anybody could listen to."""
 
 
-def main(args: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; returns the exit code."""
-    return run(FlowNode, "flow", args)
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the node until SIGINT or SIGTERM; ends the process with the exit code."""
+    run(FlowNode, "flow", args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,6 +12,7 @@ Both are called from one worker thread, never concurrently.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from qpwc_ros.parameters import ParameterSpec
+from qpwc_ros.qos import publisher_events
 
 if TYPE_CHECKING:
     from qpwc_ros.frames import FramePair
@@ -81,21 +83,32 @@ class Output(ABC):
         self.node = node
         self._publishers: list[Any] = []
 
-    def advertise(self, msg_type: type, topic: str) -> Any:
-        """Create a publisher (reliable, keep last 5, overridable by qos_overrides parameters) and return it.
+    def advertise(self, msg_type: type, topic: str, depth: int = 5) -> Any:
+        """Create a publisher (reliable, overridable by qos_overrides parameters) and return it.
 
-        `topic` follows ROS naming: "~/mine" is below the node's name.
+        Args:
+            msg_type: type of its messages.
+            topic: follows ROS naming: "~/mine" is below the node's name.
+            depth: messages kept for a listener that is behind; at least as many as one pair brings at once.
         """
         from rclpy.qos import QoSProfile, ReliabilityPolicy
         from rclpy.qos_overriding_options import QoSOverridingOptions
 
-        # Reliable serves both reliable listeners (RViz, Foxglove) and best-effort ones. Five messages are
-        # what one pair may bring on one topic at once in the usual in-between factors, and are no long queue.
-        qos = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
-        options = QoSOverridingOptions.with_default_policies()
-        publisher = self.node.create_publisher(msg_type, topic, qos, qos_overriding_options=options)
+        # Reliable serves both reliable listeners (RViz, Foxglove) and best-effort ones.
+        qos = QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE)
+        publisher = self.node.create_publisher(
+            msg_type,
+            topic,
+            qos,
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            event_callbacks=publisher_events(functools.partial(self._on_mismatch, topic)),
+        )
         self._publishers.append(publisher)
         return publisher
+
+    def _on_mismatch(self, topic: str, policy: str) -> None:
+        text = f"a subscriber of {topic} asks for more than is offered ({policy}): nothing goes to it"
+        self.node.report("qos_mismatches", text)
 
     @staticmethod
     def listened(publisher: Any) -> bool:

@@ -16,6 +16,11 @@ from qpwc_ros.parameters import ParameterSpec
 from qpwc_ros.plugins.base import Output
 
 
+#: Messages that one pair may bring on one topic: seven in-between frames and, merged, the camera's own two. With
+#: fewer kept, a reliable listener would lose those that are replaced before it has taken them.
+MOST_AT_ONCE = 9
+
+
 def time_message(stamp: int) -> Time:
     """builtin_interfaces/Time from nanoseconds."""
     return Time(sec=stamp // 1_000_000_000, nanosec=stamp % 1_000_000_000)
@@ -137,9 +142,9 @@ class InterpolatedOutput(Output):
 
     def __init__(self, node: Any):
         super().__init__(node)
-        self._raw = self.advertise(Image, "~/interpolated")
-        self._compressed = self.advertise(CompressedImage, "~/interpolated/compressed")
-        self._info = self.advertise(CameraInfo, "~/interpolated/camera_info")
+        self._raw = self.advertise(Image, "~/interpolated", MOST_AT_ONCE)
+        self._compressed = self.advertise(CompressedImage, "~/interpolated/compressed", MOST_AT_ONCE)
+        self._info = self.advertise(CameraInfo, "~/interpolated/camera_info", MOST_AT_ONCE)
         self._merged: int | None = None
 
     def wants_camera_info(self) -> bool:
@@ -154,6 +159,8 @@ class InterpolatedOutput(Output):
             self._merged = pair.next.stamp
         raw, compressed, info = (self.listened(p) for p in (self._raw, self._compressed, self._info))
         for t, stamp in moments:
+            if not pair.awaited():
+                return
             if raw or compressed:
                 self._publish_image(pair, self._image_at(pair, t), stamp, raw, compressed)
             if info:

@@ -144,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
     """Replay and report.
 
     Returns:
-        0 when all was seen, 1 when something ended early, 130 on Ctrl-C; there is a report in each case.
+        0 when all was seen, 1 when something ended early, 130 on Ctrl-C; there is a report in each case, unless
+        Ctrl-C came twice.
     """
     live_only = (args.node, args.image_topic, args.confidence, args.use_sim_time)
     if not args.live and (args.rate != 1.0 or any(live_only)):
@@ -182,10 +183,12 @@ def main(argv: list[str] | None = None) -> int:
     """The executable `replay`, the same as `qpwc replay`; ROS arguments are ignored."""
     from qpwc_core.cli.main import main as qpwc
 
-    arguments = sys.argv[1:] if argv is None else argv
-    if "--ros-args" in arguments:
-        arguments = arguments[: arguments.index("--ros-args")]
-    return qpwc(["replay", *arguments])
+    return qpwc(["replay", *_without_ros_arguments(sys.argv[1:] if argv is None else argv)])
+
+
+def _without_ros_arguments(arguments: list[str]) -> list[str]:
+    """What stands before --ros-args, as `ros2 launch` appends it."""
+    return arguments[: arguments.index("--ros-args")] if "--ros-args" in arguments else arguments
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -281,5 +284,5 @@ def _target(args: argparse.Namespace) -> Path:
 
 def _given_arguments() -> list[str]:
     """The command line as given, for the report; the same for `qpwc replay` and the executable `replay`."""
-    arguments = sys.argv[1:]
+    arguments = _without_ros_arguments(sys.argv[1:])
     return arguments if arguments[:1] == ["replay"] else ["replay", *arguments]

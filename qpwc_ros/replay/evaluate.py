@@ -13,6 +13,7 @@ import numpy as np
 from qpwc_core import metrics
 from qpwc_core.geometry import warp_image
 from qpwc_ros.codec import ImageError
+from qpwc_ros.replay.cuts import is_cut
 from qpwc_ros.replay.decode import confidence_array, flow_array, pixels
 from qpwc_ros.replay.results import Answer, Pair, read_pairs
 from qpwc_ros.replay.run import SUBJECT, MethodRun, Run
@@ -36,6 +37,7 @@ class PairFigures:
 
     Attributes:
         stamp: ns, of the later frame; previous_stamp of the earlier one.
+        cut: whether the two frames look like parts of different shots.
         latency_ms: see MethodRun.latency.
         motion_px, motion_p95_px: median and 95th percentile of the flow's length.
         psnr_db, ssim: in-between frame against the held-back one.
@@ -53,6 +55,7 @@ class PairFigures:
     previous_stamp: int
     stamp: int
     answered: bool
+    cut: bool = False
     latency_ms: float | None = None
     motion_px: float | None = None
     motion_p95_px: float | None = None
@@ -108,18 +111,17 @@ MEASURES = (
     Measure("coverage", "coverage", "%", 1, higher_is_better=True, factor=100),
     Measure("latency_ms", "latency", "ms", 1),
 )
-# What may rank pairs from worst to best, best evidence first.
-_RANKING = ("epe_px", "psnr_db", "census")
+#: What may rank pairs from worst to best, best evidence first.
+RANKING = tuple(
+    next(measure for measure in MEASURES if measure.field == name) for name in ("epe_px", "psnr_db", "census")
+)
 
 Figures = dict[str, list[PairFigures]]
 
 
 def ranking(figures: Sequence[PairFigures]) -> Measure | None:
     """The measure by which the pairs are worst or typical; None where nothing was measured."""
-    for name in _RANKING:
-        if any(getattr(figure, name) is not None for figure in figures):
-            return next(measure for measure in MEASURES if measure.field == name)
-    return None
+    return next((m for m in RANKING if any(getattr(f, m.field) is not None for f in figures)), None)
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def measure(
     figures: Figures = {name: [] for name in run.methods}
     for index, (pair, images) in enumerate(decoded_pairs(results, run.max_interval, list(run.methods))):
         shared = {} if images is None else _average_of_neighbours(images)
+        cut = images is not None and is_cut(images.previous, images.next)
         true_flow = truth.lookup(pair.previous_stamp, pair.stamp)
         for name, method in run.methods.items():
             values: dict[str, object] = {}
@@ -220,7 +223,7 @@ def measure(
                     values.update(_truth_figures(flow, *true_flow, truth))
             answered = pair.answer(name).flow is not None
             figures[name].append(
-                PairFigures(index, pair.previous_stamp, pair.stamp, answered=answered, **values)
+                PairFigures(index, pair.previous_stamp, pair.stamp, answered=answered, cut=cut, **values)
             )
         progress()
     return figures
@@ -301,7 +304,8 @@ def summarize(run: Run, figures: Figures, method: str = SUBJECT) -> dict:
     """The figures of one method over the whole run, by name; None where there was nothing to measure.
 
     `intervals` has the 95 % confidence interval of each mean, by the measure's field, and `bands_px` the mean
-    end-point error by true displacement.
+    end-point error by true displacement. Pairs across a cut are in all of them; `means_without_cuts` are those
+    of the others.
     """
     record, rows = run.methods[method], figures[method]
     latency = [value * 1e3 for value in record.latency.values()]
@@ -329,6 +333,8 @@ def summarize(run: Run, figures: Figures, method: str = SUBJECT) -> dict:
         "psnr_average_median_db": _percentile([f.psnr_average_db for f in scored], 50),
         "ssim_average_mean": _mean(_values(scored, "ssim_average")),
         "pairs_with_truth": len(_values(rows, "fl_all")),
+        "cuts": sum(row.cut for row in rows),
+        "means_without_cuts": means([row for row in rows if not row.cut]),
         **aggregate(rows),
     }
     return summary
@@ -336,16 +342,21 @@ def summarize(run: Run, figures: Figures, method: str = SUBJECT) -> dict:
 
 def aggregate(rows: Sequence[PairFigures]) -> dict:
     """What is averaged over pairs: means with their confidence intervals, and errors by displacement."""
-    means = {measure.field: _mean(_values(rows, measure.field)) for measure in MEASURES}
+    over_all = means(rows)
     return {
-        "means": means,
+        "means": over_all,
         "intervals": {
             field: list(metrics.bootstrap_interval(_values(rows, field)))
-            for field, mean in means.items()
+            for field, mean in over_all.items()
             if mean is not None
         },
         "bands_px": _bands(rows),
     }
+
+
+def means(rows: Sequence[PairFigures]) -> dict[str, float | None]:
+    """The mean over pairs of each measure, by its field; None where there was nothing to measure."""
+    return {measure.field: _mean(_values(rows, measure.field)) for measure in MEASURES}
 
 
 def difference(subject: Sequence[PairFigures], other: Sequence[PairFigures]) -> dict[str, dict]:

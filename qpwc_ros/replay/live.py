@@ -10,14 +10,27 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qpwc_core.errors import QpwcError
+from qpwc_ros.codec import ImageError
 from qpwc_ros.replay.bag import IMAGE, NS, Bag, BagError, Frame, raw_stamp_ns, restamp, typestore
+from qpwc_ros.replay.decode import pixels
+from qpwc_ros.replay.evaluate import TIME_TOLERANCE
 from qpwc_ros.replay.resources import Energy, cpu_seconds, peak_rss_mb
-from qpwc_ros.replay.results import CONFIDENCE, FLOW, OUTPUT_TYPES, TIME_REFERENCE, ResultsWriter
+from qpwc_ros.replay.results import (
+    BETWEEN,
+    CONFIDENCE,
+    ERROR,
+    FLOW,
+    OUTPUT_TYPES,
+    TIME_REFERENCE,
+    ResultsWriter,
+    write_error,
+)
 from qpwc_ros.replay.run import Progress, Run, is_held_back
 from qpwc_ros.share import use_large_shared_memory
 
@@ -31,6 +44,8 @@ QUIET_SECONDS = 2.0
 STOP_SECONDS = 5.0
 # Messages waiting for the disk. At 640x480 they are 2.5 MB at most, so this bounds memory at about 60 MB.
 QUEUE_LENGTH = 24
+# Held-back frames that wait for the in-between frame of their time, which does not come where a pair is dropped.
+WAITING_LENGTH = 8
 # The recording's clock, as simulations and `ros2 bag play --clock` publish it. Seconds between two messages.
 CLOCK = "/clock"
 CLOCK_PERIOD = 0.02
@@ -118,6 +133,33 @@ class NodeProcess:
             self._process.send_signal(sign)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_SECONDS)
+
+
+class HeldBack:
+    """Compares held-back frames with the in-between ones of their time. For one thread, the recorder's.
+
+    Args:
+        tolerance: ns that the times of the two may differ by.
+    """
+
+    def __init__(self, writer: ResultsWriter, tolerance: int) -> None:
+        self._writer = writer
+        self._tolerance = tolerance
+        self._waiting: deque[Frame] = deque(maxlen=WAITING_LENGTH)
+
+    def add(self, frame: Frame) -> None:
+        """Write a held-back frame, and keep it for the comparison."""
+        self._writer.write_frame(frame, held_back=True)
+        self._waiting.append(frame)
+
+    def compare(self, stamp: int, raw: bytes) -> None:
+        """Write the difference of a serialized in-between frame, of the time `stamp` (ns), if it has a counterpart."""
+        frame = min(self._waiting, key=lambda frame: abs(frame.stamp - stamp), default=None)
+        if frame is None or abs(frame.stamp - stamp) > self._tolerance:
+            return
+        with contextlib.suppress(ImageError):
+            between = pixels(typestore().deserialize_cdr(raw, IMAGE))
+            write_error(self._writer, ERROR, stamp, between, frame)
 
 
 class _Recorder:
@@ -283,7 +325,9 @@ class _PlayedClock:
 class _Answers:
     """What the node has answered so far, by stamp; filled from the receiving thread."""
 
-    def __init__(self, node: str, run: Run, recorder: _Recorder, writer: ResultsWriter) -> None:
+    def __init__(
+        self, node: str, run: Run, recorder: _Recorder, writer: ResultsWriter, held_back: HeldBack
+    ) -> None:
         self._node = node
         self.sent: dict[int, float] = {}
         self.failure: str | None = None  # what the node says is wrong with it
@@ -291,6 +335,7 @@ class _Answers:
         self._run = run
         self._recorder = recorder
         self._writer = writer
+        self._held_back = held_back
         self._store = typestore()
 
     def receive(self, topic: str, now: float, raw: bytes) -> None:
@@ -306,6 +351,8 @@ class _Answers:
             self._run.last = now
         self.last_heard = now
         self._recorder.put(lambda: self._writer.write(topic, OUTPUT_TYPES[topic], stamp, raw))
+        if topic == BETWEEN:
+            self._recorder.put(lambda: self._held_back.compare(stamp, raw))
 
     def _diagnostics(self, raw: bytes) -> None:
         for status in self._store.deserialize_cdr(raw, DIAGNOSTICS).status:
@@ -358,7 +405,9 @@ def run_live(
         os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     run = Run("live", max_interval)
     recorder = _Recorder(writer)
-    answers = _Answers(node_name, run, recorder, writer)
+    # A pair reaches over two of the bag's intervals where a frame is held back between.
+    waiting = HeldBack(writer, round(TIME_TOLERANCE * 2 * bag.interval))
+    answers = _Answers(node_name, run, recorder, writer, waiting)
     with contextlib.ExitStack() as stack:
         stack.callback(recorder.finish)
         link = _Link(node_name, image_topic, bag, answers.receive, confidence)
@@ -373,7 +422,7 @@ def run_live(
             _await_node(link, process, answers, node_name, image_topic)
             energy.since_last()
             cpu_before = cpu_seconds(process.pid) if process is not None else None
-            _play(bag, link, process, run, answers, recorder, writer, hold_back, rate, progress)
+            _play(bag, link, process, run, answers, recorder, writer, waiting, hold_back, rate, progress)
         except KeyboardInterrupt:
             run.stopped, run.interrupted = "interrupted", True
         except BagError as error:
@@ -416,6 +465,7 @@ def _play(
     answers: _Answers,
     recorder: _Recorder,
     writer: ResultsWriter,
+    waiting: HeldBack,
     hold_back: bool,
     rate: float,
     progress: Progress,
@@ -428,14 +478,14 @@ def _play(
             if not link.start_clock(clock):
                 run.notes.append(f"{CLOCK} was left to another node that publishes it")
         time.sleep(max(0.0, clock.delay(frame.stamp)))
-        held_back = is_held_back(index, hold_back)
-        if held_back:
+        if is_held_back(index, hold_back):
             run.held_back += 1
+            recorder.put(lambda frame=frame: waiting.add(frame))
         else:
             answers.sent[frame.stamp] = now = time.monotonic()
             link.publish(frame)
             run.give(frame.stamp, now)
-        recorder.put(lambda frame=frame, held_back=held_back: writer.write_frame(frame, held_back=held_back))
+            recorder.put(lambda frame=frame: writer.write_frame(frame, held_back=False))
         recorder.check()
         if process is not None:
             process.check()

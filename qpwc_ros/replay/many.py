@@ -302,6 +302,7 @@ def _means(summary: dict[str, dict]) -> list[list[str]]:
 _COLUMNS = (
     ("pairs_in", "pairs", "d"),
     ("dropped", "dropped", "d"),
+    ("cuts", "across a cut", "d"),
     ("latency_p50_ms", "latency p50 (ms)", ".1f"),
     ("latency_p95_ms", "latency p95 (ms)", ".1f"),
 )

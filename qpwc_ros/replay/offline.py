@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 
 from qpwc_core.flow_color import flow_to_color
@@ -16,9 +15,10 @@ from qpwc_core.runtime.synthesis import synthesize
 from qpwc_ros.codec import ImageError
 from qpwc_ros.replay.bag import Bag, BagError, Frame
 from qpwc_ros.replay.decode import pixels
+from qpwc_ros.replay.interrupt import postponed_interrupt
 from qpwc_ros.replay.methods import Estimator
 from qpwc_ros.replay.resources import Meter, peak_rss_mb
-from qpwc_ros.replay.results import ResultsWriter, Topics
+from qpwc_ros.replay.results import ResultsWriter, Topics, write_error
 from qpwc_ros.replay.run import SUBJECT, MethodRun, Progress, Run, is_held_back
 
 
@@ -41,7 +41,7 @@ def run_offline(
     others: Mapping[str, Estimator] | None = None,
     progress: Progress = lambda: None,
 ) -> Run:
-    """Run every pair of the bag and write what comes out; Ctrl-C and a damaged bag end it early.
+    """Run every pair of the bag and write what comes out; a damaged bag ends it early, Ctrl-C between two frames.
 
     Two frames more than `max_interval` ns apart make no pair. An in-between frame is made at the time of each
     held-back frame, or in the middle if none is held back. The estimators `others`, by name, are run on the
@@ -53,29 +53,35 @@ def run_offline(
     previous: _Given | None = None
     waiting: list[Frame] = []  # the frames held back since the previous one given
     try:
-        for index, frame in enumerate(bag.frames()):
-            held_back = is_held_back(index, hold_back)
-            writer.write_frame(frame, held_back=held_back)
-            if held_back:
-                run.held_back += 1
-                waiting.append(frame)
+        with postponed_interrupt() as interrupt:
+            for index, frame in enumerate(bag.frames()):
+                if interrupt.seen:
+                    raise KeyboardInterrupt
+                held_back = is_held_back(index, hold_back)
+                writer.write_frame(frame, held_back=held_back)
+                if held_back:
+                    run.held_back += 1
+                    waiting.append(frame)
+                    progress()
+                    continue
+                run.give(frame.stamp, time.monotonic())
+                try:
+                    image = pixels(frame.message)
+                except ImageError:
+                    previous, waiting = None, []
+                    progress()
+                    continue
+                near = previous is not None and frame.stamp - previous.stamp <= max_interval
+                if not near or previous.image.shape != image.shape:
+                    previous = None
+                features = {}
+                for name, method in estimators.items():
+                    features[name] = _one(
+                        name, method, meter, run, writer, previous, frame.stamp, image, waiting
+                    )
+                previous, waiting = _Given(frame.stamp, image, features), []
                 progress()
-                continue
-            run.give(frame.stamp, time.monotonic())
-            try:
-                image = pixels(frame.message)
-            except ImageError:
-                previous, waiting = None, []
-                progress()
-                continue
-            near = previous is not None and frame.stamp - previous.stamp <= max_interval
-            if not near or previous.image.shape != image.shape:
-                previous = None
-            features = {}
-            for name, method in estimators.items():
-                features[name] = _one(name, method, meter, run, writer, previous, frame.stamp, image, waiting)
-            previous, waiting = _Given(frame.stamp, image, features), []
-            progress()
+            run.interrupted = interrupt.seen  # at the last frame, when nothing was left to stop
     except KeyboardInterrupt:
         run.stopped, run.interrupted = "interrupted", True
     except BagError as error:
@@ -119,19 +125,7 @@ def _one(
     for at in [frame.stamp for frame in waiting] or [previous.stamp + interval // 2]:
         between = synthesize(previous.image, image, forward, backward, (at - previous.stamp) / interval)
         writer.write_image(topics.between, at, between[..., ::-1], "bgr8")
-        _write_error(writer, topics.error, at, between, waiting)
+        for frame in waiting:
+            if frame.stamp == at:
+                write_error(writer, topics.error, at, between, frame)
     return features
-
-
-def _write_error(
-    writer: ResultsWriter, topic: str, at: int, between: np.ndarray, waiting: list[Frame]
-) -> None:
-    """The difference of an in-between frame and the held-back one of its time, if there is one."""
-    for frame in waiting:
-        if frame.stamp == at:
-            try:
-                truth = pixels(frame.message)
-            except ImageError:
-                return
-            if truth.shape == between.shape:
-                writer.write_image(topic, at, cv2.absdiff(between, truth)[..., ::-1], "bgr8")

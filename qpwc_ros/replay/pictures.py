@@ -50,6 +50,9 @@ class ChosenPair:
 def choose(figures: list[PairFigures], typical: int = TYPICAL) -> dict[int, str]:
     """The pairs to show, as {index: kind}: the worst by what was measured, and those nearest to the median.
 
+    Pairs across a cut are among the worst of any method; they are shown beside as many others, or nothing would be
+    seen of where the method fails.
+
     Where nothing was measured, the pairs of largest motion are called "large motion".
     """
     measure, extreme = ranking(figures), "worst"
@@ -64,7 +67,14 @@ def choose(figures: list[PairFigures], typical: int = TYPICAL) -> dict[int, str]
         return {}
     order = sorted(scored, key=key)
     middle = key(order[len(order) // 2])
-    chosen = {f.index: extreme for f in order[:WORST]}
+    chosen: dict[int, str] = {}
+    within = [f.index for f in order if not f.cut][:WORST]
+    across = [f.index for f in order if f.cut][:WORST]
+    for f in order:
+        if f.index in within or f.index in across:
+            chosen[f.index] = extreme
+        if within and f.index == within[-1]:
+            break
     others = [f for f in order if f.index not in chosen]
     # Spread over the run: the nearest to the median in each part of it.
     for part in range(typical):

@@ -18,7 +18,7 @@ import numpy as np
 
 from qpwc_core.machine import describe_machine
 from qpwc_core.metrics import DISPLACEMENT_EDGES_PX
-from qpwc_ros.replay.evaluate import MEASURES, Figures, Measure, PairFigures, as_json, ranking
+from qpwc_ros.replay.evaluate import MEASURES, RANKING, Figures, Measure, PairFigures, as_json, ranking
 from qpwc_ros.replay.pictures import ChosenPair
 from qpwc_ros.replay.run import SUBJECT, Run
 
@@ -82,8 +82,20 @@ def table(run: Run, summary: dict) -> list[tuple[str, str]]:
     for measure in MEASURES:
         if measure.field not in ("psnr_db", "latency_ms") and summary["means"][measure.field] is not None:
             rows.append((measure.name, measure.show(summary["means"][measure.field])))
+    rows += _cuts(summary)
     if run.stopped:
         rows.insert(0, ("ended early", run.stopped))
+    return rows
+
+
+def _cuts(summary: dict) -> list[tuple[str, str]]:
+    """How many pairs are across a cut, which are in all figures, and what ranks pairs without them."""
+    if not summary["cuts"]:
+        return []
+    rows = [("pairs across a cut", str(summary["cuts"]))]
+    measure = next((m for m in RANKING if summary["means_without_cuts"][m.field] is not None), None)
+    if measure is not None:
+        rows.append((f"  {measure.name} without", measure.show(summary["means_without_cuts"][measure.field])))
     return rows
 
 
@@ -267,6 +279,7 @@ def _plots(run: Run, all_figures: Figures) -> list[tuple[str, str]]:
     if not figures:
         return []
     start = figures[0].previous_stamp
+    cuts = [(figure.stamp - start) / 1e9 for figure in figures if figure.cut]
     plots = []
 
     def series(name: str, rows: list[PairFigures] = figures) -> tuple[list[float], list[float]]:
@@ -284,6 +297,8 @@ def _plots(run: Run, all_figures: Figures) -> list[tuple[str, str]]:
 
         def quality(axes, measure=measure):
             every_method(axes, measure)
+            for number, time in enumerate(cuts):
+                axes.axvline(time, color="0.5", lw=1, ls=":", label="" if number else "cut")
             if measure.field == "psnr_db":
                 axes.plot(*series("psnr_average_db"), ".-", color="0.6", label="average of the neighbours")
             axes.set(xlabel="time in the bag (s)", ylabel=f"{measure.name} ({measure.unit})")

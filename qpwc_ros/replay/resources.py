@@ -24,6 +24,9 @@ class Energy:
             if zone.name.count(":") != 1:
                 continue
             with contextlib.suppress(OSError, ValueError):  # since 2020 only root may read them
+                # Some laptops have a counter of the whole platform beside them, which the packages are part of.
+                if (zone / "name").read_text().strip() == "psys":
+                    continue
                 int((zone / "energy_uj").read_text())
                 self._zones.append((zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())))
         self._last = self._read()

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, Reader, StoragePlugin, Writer
 
+from qpwc_ros.codec import ImageError
 from qpwc_ros.replay.bag import COMPRESSED_IMAGE, IMAGE, NS, Frame, stamp_ns, time_ns, typestore
+from qpwc_ros.replay.decode import pixels
 from qpwc_ros.replay.run import SUBJECT
 
 TIME_REFERENCE = "sensor_msgs/msg/TimeReference"
@@ -29,7 +32,7 @@ class Topics:
     color: str
     confidence: str
     between: str
-    error: str  # between the in-between frame and the held-back one; offline only
+    error: str  # absolute difference of the in-between frame and the held-back one
 
     @classmethod
     def of(cls, method: str) -> Topics:
@@ -48,7 +51,7 @@ class Topics:
 
 _SUBJECT = Topics.of(SUBJECT)
 FLOW, INTERVAL, COLOR = _SUBJECT.flow, _SUBJECT.interval, _SUBJECT.color
-CONFIDENCE, BETWEEN = _SUBJECT.confidence, _SUBJECT.between
+CONFIDENCE, BETWEEN, ERROR = _SUBJECT.confidence, _SUBJECT.between, _SUBJECT.error
 
 OUTPUT_TYPES = {FLOW: IMAGE, INTERVAL: TIME_REFERENCE, COLOR: IMAGE, CONFIDENCE: IMAGE, BETWEEN: IMAGE}
 
@@ -117,6 +120,20 @@ class ResultsWriter:
 
     def _header(self, stamp: int, frame_id: str) -> object:
         return self._store.types["std_msgs/msg/Header"](stamp=self._time(stamp), frame_id=frame_id)
+
+
+def write_error(writer: ResultsWriter, topic: str, stamp: int, between: np.ndarray, held_back: Frame) -> None:
+    """Append the absolute difference of an in-between frame and the held-back one, where they can be compared.
+
+    Args:
+        stamp: ns, of the in-between frame; between: RGB uint8 (H,W,3).
+    """
+    try:
+        truth = pixels(held_back.message)
+    except ImageError:
+        return
+    if truth.shape == between.shape:
+        writer.write_image(topic, stamp, cv2.absdiff(between, truth)[..., ::-1], "bgr8")
 
 
 @dataclass

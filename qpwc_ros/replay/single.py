@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from qpwc_core.runtime.models import DEFAULT_PRECISION
 from qpwc_ros.replay import evaluate, methods, pictures, report
 from qpwc_ros.replay.bag import Bag
 from qpwc_ros.replay.depth_truth import DepthSource, DepthTruth
+from qpwc_ros.replay.interrupt import postponed_interrupt
 from qpwc_ros.replay.output import METRICS, replaced_directory
 from qpwc_ros.replay.results import ResultsWriter
 from qpwc_ros.replay.run import SUBJECT, Run
@@ -76,6 +78,7 @@ class Outcome:
         summaries: by method; see evaluate.summarize.
         table, means, bands: see report.table, report.means_table, report.bands_table.
         stopped: why it ended before the bag did; None if it did not.
+        interrupted: whether Ctrl-C was pressed, also while the report was made, which is whole then.
     """
 
     summaries: dict[str, dict]
@@ -114,35 +117,45 @@ def replay_bag(path: Path, target: Path, options: Options, bar: Bar = no_bar) ->
             truth=options.truth_name,
         )
         _open_truth(options, bag)  # a mistake in it shows before the work is done
-        results = directory / "results"
         with bar(bag.count, "frame", "replay") as step:
             # The writer is closed last, so that the bag has its index also after Ctrl-C.
-            with ResultsWriter(results) as writer:
+            with ResultsWriter(directory / "results") as writer:
                 done = (_live if options.live else _offline)(options, bag, writer, directory, step)
         if bag.skipped:
             done.notes.append(f"{bag.skipped} frames were left out, their stamps did not increase")
-        truth = _open_truth(options, bag)
-        with bar(2 * done.pairs, "pair", "report") as step:
-            figures = evaluate.measure(results, done, truth, step)
-            summaries = {name: evaluate.summarize(done, figures, name) for name in done.methods}
-            chosen = pictures.draw(
-                results,
-                done.max_interval,
-                figures,
-                directory / "side_by_side.mp4",
-                _open_truth(options, bag),
-                step,
-            )
-        done.notes += truth.notes
-        if options.truth_name and not summaries[SUBJECT]["pairs_with_truth"]:
-            done.notes.append(f"no pair has ground truth in {options.truth_name}: no stamp fits")
-        differences = evaluate.differences(figures)
-        for number, pair in enumerate(chosen, 1):
-            pictures.save(pair, directory, number)
-        pictures.save_overview(chosen, directory / "overview.jpg")
-        report.write_json(directory / METRICS, subject, done, summaries, differences, figures)
-        report.write_csv(directory / "metrics.csv", done, figures)
-        report.write_html(directory / "report.html", subject, done, summaries, differences, figures, chosen)
+        # What took long to compute is not thrown away for one Ctrl-C.
+        with postponed_interrupt() as interrupt:
+            outcome = _report(options, bag, subject, done, directory, bar)
+    return dataclasses.replace(outcome, interrupted=done.interrupted or interrupt.seen)
+
+
+def _report(
+    options: Options, bag: Bag, subject: report.Subject, done: Run, directory: Path, bar: Bar
+) -> Outcome:
+    """Measure and draw what is in the results bag, and write all files but that."""
+    results = directory / "results"
+    truth = _open_truth(options, bag)
+    with bar(2 * done.pairs, "pair", "report") as step:
+        figures = evaluate.measure(results, done, truth, step)
+        summaries = {name: evaluate.summarize(done, figures, name) for name in done.methods}
+        chosen = pictures.draw(
+            results,
+            done.max_interval,
+            figures,
+            directory / "side_by_side.mp4",
+            _open_truth(options, bag),
+            step,
+        )
+    done.notes += truth.notes
+    if options.truth_name and not summaries[SUBJECT]["pairs_with_truth"]:
+        done.notes.append(f"no pair has ground truth in {options.truth_name}: no stamp fits")
+    differences = evaluate.differences(figures)
+    for number, pair in enumerate(chosen, 1):
+        pictures.save(pair, directory, number)
+    pictures.save_overview(chosen, directory / "overview.jpg")
+    report.write_json(directory / METRICS, subject, done, summaries, differences, figures)
+    report.write_csv(directory / "metrics.csv", done, figures)
+    report.write_html(directory / "report.html", subject, done, summaries, differences, figures, chosen)
     return Outcome(
         summaries=summaries,
         table=report.table(done, summaries[SUBJECT]),

@@ -12,6 +12,7 @@ setup(
         "qpwc_ros.estimators": [
             "slow = qpwc_example_plugin.plugins:SlowEstimator",
             "held = qpwc_example_plugin.plugins:HeldEstimator",
+            "counting = qpwc_example_plugin.plugins:CountingEstimator",
         ],
     },
 )

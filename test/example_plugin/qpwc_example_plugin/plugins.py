@@ -1,4 +1,4 @@
-"""An output that is useful, one that is broken, and estimators that take their time."""
+"""An output that is useful, one that is broken, estimators that take their time, and one that counts."""
 
 from __future__ import annotations
 
@@ -79,3 +79,28 @@ class HeldEstimator(DisEstimator):
             self._reached.touch()
             time.sleep(0.01)
         return super().match(prev, next)
+
+
+class CountingEstimator(DisEstimator):
+    """DIS that tells in diagnostics how often it was asked for anything since it was loaded."""
+
+    parameters = ()
+
+    def __init__(self, options):
+        super().__init__({**options, "dis_preset": "ultrafast"})
+        self._encoded = self._matched = 0
+
+    def warm_up(self):
+        super().warm_up()
+        self._encoded = self._matched = 0
+
+    def encode(self, image):
+        self._encoded += 1
+        return super().encode(image)
+
+    def match(self, prev, next):
+        self._matched += 1
+        return super().match(prev, next)
+
+    def describe(self):
+        return {**super().describe(), "encoded": str(self._encoded), "matched": str(self._matched)}
