@@ -64,32 +64,41 @@ class Ablation:
 
     # --- Files ---------------------------------------------------------------------------------------------
 
-    def float_file(self) -> Path:
+    def float_file(self, equalized: bool = False) -> Path:
+        """The float network; ``equalized``: the same function, with the kernels that the equalized int8 files round."""
         from qpwc_core.quantization.export import export_network
 
-        path = self._directory / "float32.tflite"
+        path = self._directory / f"float32{'_equalized' if equalized else ''}.tflite"
         if not path.exists():
-            export_network(self.point, self.weights, path, quantized=False)
+            weights = self.weights
+            if equalized:
+                weights = self._directory / f"{path.stem}.weights.h5"
+                self._network(equalized).save_weights(weights)
+            export_network(self.point, weights, path, quantized=False)
         return path
+
+    def _network(self, equalized: bool):
+        """The float network to calibrate."""
+        from qpwc_core.model.network import build_network
+        from qpwc_core.quantization.equalization import equalize
+
+        network = build_network(self.point, self.config.height, self.config.width)
+        network.load_weights(self.weights)
+        if equalized:
+            equalize(network, self.images)
+        return network
 
     def calibrated_file(self, method: str, equalized: bool) -> Path:
         """Our export, with ranges chosen by ``method``."""
-        from qpwc_core.model.network import build_network
         from qpwc_core.quantization.calibration import calibrate
         from qpwc_core.quantization.configs import build_quantized_network, load_float_weights
-        from qpwc_core.quantization.equalization import equalize
         from qpwc_core.quantization.export import export_network
 
         path = self._directory / f"{method}{'_equalized' if equalized else ''}.tflite"
         if path.exists():
             return path
-        height, width = self.config.height, self.config.width
-        network = build_network(self.point, height, width)
-        network.load_weights(self.weights)
-        if equalized:
-            equalize(network, self.images)
-        quantized = build_quantized_network(self.point, height, width, cost_form="slices")
-        load_float_weights(quantized, network)
+        quantized = build_quantized_network(self.point, self.config.height, self.config.width, cost_form="slices")
+        load_float_weights(quantized, self._network(equalized))
         calibrate(quantized, self.images, self.config.percentile, method)
         weights = self._directory / f"{path.stem}.weights.h5"
         quantized.save_weights(weights)
@@ -209,7 +218,7 @@ class Ablation:
         for equalized in (False, True):
             file = self.calibrated_file(self.config.method, equalized)
             which = "equal channels" if equalized else "channels as trained"
-            loosened = bisection.Loosened(file, self.float_file())
+            loosened = bisection.Loosened(file, self.float_file(equalized))
             path = self._directory / "variant.tflite"
             kinds: list[tuple[str, Callable, Callable | None]] = [
                 ("everything int8, simulated", lambda name: 8, None),
