@@ -283,7 +283,7 @@ class Ablation:
                 tool.quantize(ranges).export_model(str(path), overwrite=True)
                 self._restore_metadata(path)
                 self.add_file(title, path)
-            except Exception as error:  # noqa: BLE001: see make
+            except Exception as error:  # as in make
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
                 self.rows.append({**dict.fromkeys(FIELDS, ""), "row": title, "note": f"skipped: {reason}"})
                 print(f"{title}: skipped, {reason}", file=sys.stderr)
