@@ -35,7 +35,7 @@ PARTS = (
     (re.compile(r"(image|encoder|embed)_?(?P<level>)"), "encoder"),
     (re.compile(r"match_(?P<level>)\d+/"), "encoder"),
     (re.compile(r"warp_(?P<level>\d+)"), "warp, level {}"),
-    (re.compile(r"(cost|shares)_(?P<level>\d+)"), "cost volume, level {}"),
+    (re.compile(r"(cost|vote|vote_mean|shares)_(?P<level>\d+)"), "cost volume, level {}"),
     (re.compile(r"(project_\w+?|hidden_up|sum|decoder|flow_input)_(?P<level>\d+)"), "decoder, level {}"),
     (re.compile(r"context_(?P<level>\d+)_(conv|act)"), "context network"),
     (re.compile(r"flow_(step|context|add|up)_(?P<level>)\d+"), "flow path"),

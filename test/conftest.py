@@ -26,6 +26,17 @@ def client():
     client.close()
 
 
+@pytest.fixture()
+def clean_client(client):
+    """Leave no topic of a test to the next."""
+    yield
+    for topic in [topic for topic in client.received if topic != "/diagnostics"]:
+        client.ignore(topic)
+        del client.received[topic]
+    for topic in list(client._publishers):
+        client.unpublish(topic)
+
+
 @pytest.fixture(scope="session")
 def example_plugin(tmp_path_factory):
     """Environment variables with which a node finds the package of test/example_plugin installed."""

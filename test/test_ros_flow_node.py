@@ -35,16 +35,7 @@ from qpwc_ros.codec import decode_compressed
 START = 1_700_000_000 * SECOND
 PERIOD = SECOND // 20
 
-
-@pytest.fixture(autouse=True)
-def clean(client):
-    """Leave no topic of a test to the next."""
-    yield
-    for topic in [topic for topic in client.received if topic != "/diagnostics"]:
-        client.ignore(topic)
-        del client.received[topic]
-    for topic in list(client._publishers):
-        client.unpublish(topic)
+pytestmark = pytest.mark.usefixtures("clean_client")
 
 
 def frames(scene, count, first=0, start=START):

@@ -25,16 +25,7 @@ TRANSIENT_LOCAL = QoSProfile(
     depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
 )
 
-
-@pytest.fixture(autouse=True)
-def clean(client):
-    """Leave no topic of a test to the next."""
-    yield
-    for topic in [topic for topic in client.received if topic != "/diagnostics"]:
-        client.ignore(topic)
-        del client.received[topic]
-    for topic in list(client._publishers):
-        client.unpublish(topic)
+pytestmark = pytest.mark.usefixtures("clean_client")
 
 
 def right_flow(client, flow, start=START):

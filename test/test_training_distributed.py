@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_scenes import small_bank
-from training_parts import tf  # noqa: F401  (skips where there is no TensorFlow)
+from training_parts import SINGLE  # skips where there is no TensorFlow
 
 import tf_keras as keras
 import training_worker as worker
@@ -74,7 +74,7 @@ def inputs(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("inputs")
     save_bank(directory / "textures.npz", small_bank())
     keras.utils.set_random_seed(0)
-    loop.build_network(worker.POINT, 64, 64).save_weights(directory / "initial.weights.h5")
+    loop.build_network(SINGLE, 64, 64).save_weights(directory / "initial.weights.h5")
     return directory
 
 
@@ -84,7 +84,7 @@ def alone(tmp_path_factory, inputs) -> dict:
     directory = tmp_path_factory.mktemp("alone")
     trainers, results = [], {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(OPERATING_POINTS, "single", worker.POINT)
+        patch.setitem(OPERATING_POINTS, "single", SINGLE)
         patch.setattr(loop, "worker_batches", worker.parts_for("none"))
         make = loop.trainer_of
         patch.setattr(loop, "trainer_of", lambda *a: trainers.append(make(*a)) or trainers[-1])
@@ -100,7 +100,7 @@ def assert_same_training(state: list[np.ndarray], expected: list[np.ndarray]) ->
 
 
 def assert_same_averages(directory: Path, expected: Path) -> None:
-    network = loop.build_network(worker.POINT, 64, 64)
+    network = loop.build_network(SINGLE, 64, 64)
     weights = []
     for path in (directory, expected):
         network.load_weights(path / "last.weights.h5")
@@ -168,7 +168,7 @@ def test_a_malformed_cluster_is_shown(text):
 
 def test_a_run_that_cannot_be_distributed_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    monkeypatch.setitem(OPERATING_POINTS, "single", worker.POINT)
+    monkeypatch.setitem(OPERATING_POINTS, "single", SINGLE)
     with pytest.raises(ValueError, match="multi-worker needs the environment variable TF_CONFIG"):
         loop.train(worker.config(2, "multi-worker"), tmp_path / "run")
     with pytest.raises(ValueError, match="batch must be a multiple of the 3 replicas, got 8"):
@@ -182,10 +182,10 @@ def test_a_run_that_cannot_be_distributed_is_refused(tmp_path, monkeypatch):
 
 def test_a_run_keeps_to_having_a_strategy_or_none(tmp_path, monkeypatch):
     """The two kinds of backup do not read each other's. Nor is a damaged one read, or one of another network."""
-    monkeypatch.setitem(OPERATING_POINTS, "single", worker.POINT)
+    monkeypatch.setitem(OPERATING_POINTS, "single", SINGLE)
     (tmp_path / "history.csv").write_text("step\n2\n")
     for begun, now in (("none", "mirrored"), ("multi-worker", "none")):
-        loop.write_config(tmp_path, worker.config(2, begun), worker.POINT)
+        loop.write_config(tmp_path, worker.config(2, begun), SINGLE)
         with pytest.raises(ValueError, match=f"holds a run with strategy {begun}, not {now}"):
             loop.train(worker.config(2, now), tmp_path)
     (tmp_path / loop.STATE).parent.mkdir()

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_scenes import small_bank
-from training_parts import SHALLOW, pairs, tf
+from training_parts import SHALLOW, SINGLE, batch_of, pairs, tf
 
 import tf_keras as keras
 
 from qpwc_core.data.textures import save_bank
-from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.config import OPERATING_POINTS
 from qpwc_core.model.initialization import initialize_from_data
 from qpwc_core.model.layers import normalize, resize_flow
 from qpwc_core.model.network import build_network
@@ -161,18 +161,6 @@ def test_the_learning_rate_warms_up_and_decays_by_a_cosine():
 # --- The step --------------------------------------------------------------------------------------------
 
 
-def batch_of(count: int, seed: int = 0) -> dict[str, tf.Tensor]:
-    """Pictures, and a flow that is the same everywhere: enough to fit."""
-    images = pairs(count, SHALLOW.height, SHALLOW.width, seed)
-    shape = (count, SHALLOW.height, SHALLOW.width)
-    return {
-        "prev": tf.constant(images[:count]),
-        "next": tf.constant(images[count:]),
-        "flow": tf.constant(np.broadcast_to(np.float32([4, -2]), (*shape, 2))),
-        "valid": tf.ones((*shape, 1)),
-    }
-
-
 @pytest.fixture(scope="module")
 def trainer() -> FlowTrainer:
     keras.utils.set_random_seed(0)
@@ -251,19 +239,6 @@ def textures(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("textures") / "textures.npz"
     save_bank(path, small_bank())
     return str(path)
-
-
-#: One decoded level: most of a short run is compiling.
-SINGLE = NetworkConfig(
-    name="single",
-    height=64,
-    width=64,
-    pyramid=(4, 4, 8),
-    extra_convs=(0, 0, 0),
-    match_channels=4,
-    radii=(1,),
-    decoder=(4, 4),
-)
 
 
 @pytest.fixture()

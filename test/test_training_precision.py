@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from training_parts import SHALLOW, pairs, tf
+from training_parts import SHALLOW, batch_of, tf
 
 import tf_keras as keras
 
@@ -15,17 +15,6 @@ from qpwc_core.training.precision import PRECISIONS, stays_float32, with_precisi
 from qpwc_core.training.trainer import FlowTrainer, LossScale, make_optimizer
 
 HALF = {"mixed_bfloat16": tf.bfloat16, "mixed_float16": tf.float16}
-
-
-def batch_of(count: int) -> dict[str, tf.Tensor]:
-    images = pairs(count, SHALLOW.height, SHALLOW.width)
-    shape = (count, SHALLOW.height, SHALLOW.width)
-    return {
-        "prev": tf.constant(images[:count]),
-        "next": tf.constant(images[count:]),
-        "flow": tf.constant(np.broadcast_to(np.float32([4, -2]), (*shape, 2))),
-        "valid": tf.ones((*shape, 1)),
-    }
 
 
 def make_trainer(precision: str) -> FlowTrainer:

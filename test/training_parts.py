@@ -15,6 +15,18 @@ pytest.importorskip("tf_keras")
 
 from qpwc_core.model.config import NetworkConfig
 
+#: One decoded level: most of a short run is compiling.
+SINGLE = NetworkConfig(
+    name="single",
+    height=64,
+    width=64,
+    pyramid=(4, 4, 8),
+    extra_convs=(0, 0, 0),
+    match_channels=4,
+    radii=(1,),
+    decoder=(4, 4),
+)
+
 #: Two decoded levels, enough for every kind of layer; quick to trace and to compile.
 SHALLOW = NetworkConfig(
     name="shallow",
@@ -55,3 +67,15 @@ def pairs(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
         prev.append(picture[8 : 8 + height, 8 : 8 + width])
         next_.append(picture[8 + dy : 8 + dy + height, 8 + dx : 8 + dx + width])
     return np.stack(prev + next_)
+
+
+def batch_of(count: int, seed: int = 0) -> dict[str, tf.Tensor]:
+    """Pictures, and a flow that is the same everywhere: enough to fit."""
+    images = pairs(count, SHALLOW.height, SHALLOW.width, seed)
+    shape = (count, SHALLOW.height, SHALLOW.width)
+    return {
+        "prev": tf.constant(images[:count]),
+        "next": tf.constant(images[count:]),
+        "flow": tf.constant(np.broadcast_to(np.float32([4, -2]), (*shape, 2))),
+        "valid": tf.ones((*shape, 1)),
+    }

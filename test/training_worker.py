@@ -19,22 +19,12 @@ import qpwc_core.model  # noqa: F401  (selects tf_keras before TensorFlow is imp
 
 import numpy as np
 import tensorflow as tf
+from training_parts import SINGLE
 
 from qpwc_core.data.pipeline import Batch
-from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.config import OPERATING_POINTS
 from qpwc_core.training import distributed, loop
 
-#: One decoded level: most of a short run is compiling.
-POINT = NetworkConfig(
-    name="single",
-    height=64,
-    width=64,
-    pyramid=(4, 4, 8),
-    extra_convs=(0, 0, 0),
-    match_channels=4,
-    radii=(1,),
-    decoder=(4, 4),
-)
 BATCH = 4
 #: This step's last sample has a flow that is not finite.
 BAD_STEP = 2
@@ -99,7 +89,7 @@ def main() -> None:
     if strategy == "mirrored":
         (cpu,) = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    OPERATING_POINTS["single"] = POINT
+    OPERATING_POINTS["single"] = SINGLE
     trainers = []
     make = distributed.trainer_of
     distributed.trainer_of = lambda *arguments: trainers.append(make(*arguments)) or trainers[-1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import importlib
 import shlex
 import sys
@@ -70,22 +71,27 @@ class Ablation:
 
         path = self._directory / f"float32{'_equalized' if equalized else ''}.tflite"
         if not path.exists():
-            weights = self.weights
-            if equalized:
-                weights = self._directory / f"{path.stem}.weights.h5"
-                self._network(equalized).save_weights(weights)
-            export_network(self.point, weights, path, quantized=False)
+            export_network(self.point, self._float_weights(equalized), path, quantized=False)
         return path
 
-    def _network(self, equalized: bool):
-        """The float network to calibrate."""
-        from qpwc_core.model.network import build_network
+    def _float_weights(self, equalized: bool) -> Path:
+        """What is calibrated."""
         from qpwc_core.quantization.equalization import equalize
 
-        network = build_network(self.point, self.config.height, self.config.width)
-        network.load_weights(self.weights)
-        if equalized:
+        if not equalized:
+            return self.weights
+        path = self._directory / "equalized.weights.h5"
+        if not path.exists():
+            network = self._network(self.weights)
             equalize(network, self.images)
+            network.save_weights(path)
+        return path
+
+    def _network(self, weights: Path):
+        from qpwc_core.model.network import build_network
+
+        network = build_network(self.point, self.config.height, self.config.width)
+        network.load_weights(weights)
         return network
 
     def calibrated_file(self, method: str, equalized: bool) -> Path:
@@ -98,7 +104,7 @@ class Ablation:
         if path.exists():
             return path
         quantized = build_quantized_network(self.point, self.config.height, self.config.width, cost_form="slices")
-        load_float_weights(quantized, self._network(equalized))
+        load_float_weights(quantized, self._network(self._float_weights(equalized)))
         calibrate(quantized, self.images, self.config.percentile, method)
         weights = self._directory / f"{path.stem}.weights.h5"
         quantized.save_weights(weights)
@@ -178,8 +184,11 @@ class Ablation:
 
     def make(self, kind: str) -> None:
         """Measures the rows of one kind; what cannot be made is a row with its reason."""
+        self._attempt(kind, getattr(self, f"_{kind.replace('16x8', 'wide')}_rows"))
+
+    def _attempt(self, title: str, measure: Callable[[], None]) -> None:
         try:
-            getattr(self, f"_{kind.replace('16x8', 'wide')}_rows")()
+            measure()
         except Skipped as error:
             reason = str(error)
         # The converter and optional packages fail in ways of their own, and one row is not worth the table.
@@ -187,8 +196,8 @@ class Ablation:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         else:
             return
-        print(f"{kind}: skipped, {reason}", file=sys.stderr)
-        self.rows.append({**dict.fromkeys(FIELDS, ""), "row": kind, "note": f"skipped: {reason}"})
+        print(f"{title}: skipped, {reason}", file=sys.stderr)
+        self.rows.append({**dict.fromkeys(FIELDS, ""), "row": title, "note": f"skipped: {reason}"})
 
     def _float_rows(self) -> None:
         self.add_file("float32", self.float_file())
@@ -272,21 +281,20 @@ class Ablation:
             )
         except ImportError as error:
             raise Skipped(f"ai-edge-quantizer cannot be imported ({error})") from error
-        for name in ("dynamic_wi8_afp32", "weight_only_wi8_afp32", "static_wi8_ai8", "static_wi8_ai16"):
+
+        def measure(title: str, name: str) -> None:
             path = self._directory / f"{name}.tflite"
+            tool = quantizer.Quantizer(str(self.float_file()), getattr(recipe, name)())
+            ranges = None
+            if tool.need_calibration:
+                ranges = tool.calibrate({key: list(self._inputs(key)) for key in ("encode", "match")}, num_threads=1)
+            tool.quantize(ranges).export_model(str(path), overwrite=True)
+            self._restore_metadata(path)
+            self.add_file(title, path)
+
+        for name in ("dynamic_wi8_afp32", "weight_only_wi8_afp32", "static_wi8_ai8", "static_wi8_ai16"):
             title = f"ai-edge-quantizer, {name}"
-            try:
-                tool = quantizer.Quantizer(str(self.float_file()), getattr(recipe, name)())
-                ranges = None
-                if tool.need_calibration:
-                    ranges = tool.calibrate({key: list(self._inputs(key)) for key in ("encode", "match")}, num_threads=1)
-                tool.quantize(ranges).export_model(str(path), overwrite=True)
-                self._restore_metadata(path)
-                self.add_file(title, path)
-            except Exception as error:  # as in make
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                self.rows.append({**dict.fromkeys(FIELDS, ""), "row": title, "note": f"skipped: {reason}"})
-                print(f"{title}: skipped, {reason}", file=sys.stderr)
+            self._attempt(title, functools.partial(measure, title, name))
 
     def _restore_metadata(self, path: Path) -> None:
         """Ours, where another tool dropped it: without it the runtime refuses the file."""
