@@ -43,7 +43,9 @@ def make_trainer(config: TrainConfig) -> FlowTrainer:
     """
     network, fresh = make_network(config)
     start_from_data(network, config, fresh)
-    trainer = trainer_of(network, config)
+    # The runner says where the run is, by steps or by time.
+    position = tf.Variable(0.0, trainable=False, name="position")
+    trainer = trainer_of(network, config, position=position)
     prepare_optimizer(trainer, config)
     return trainer
 
@@ -78,6 +80,7 @@ def export_step(config: TrainConfig, directory: Path) -> None:
         "outputs": outputs,
         "state": [names[id(v)] for v in variables],
         "iterations": names[id(trainer.optimizer.iterations)],
+        "position": names[id(trainer.position)],
         "weights": [names[id(v)] for v in trainer.network.trainable_variables],
         "averages": averages,
         "network": dataclasses.asdict(network_config(config.network)),
@@ -86,7 +89,7 @@ def export_step(config: TrainConfig, directory: Path) -> None:
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "step.stablehlo").write_text(text)
-    np.savez(directory / "state.npz", **{names[id(v)]: v.numpy() for v in variables})
+    np.savez_compressed(directory / "state.npz", **{names[id(v)]: v.numpy() for v in variables})
     if config.textures:
         shutil.copyfile(config.textures, directory / "textures.npz")
     (directory / "bundle.json").write_text(json.dumps(description, indent=2) + "\n")

@@ -63,6 +63,8 @@ class TrainConfig:
             having most pixels, and are the first to have learned what they can.
         reuse, occluded_weight: see ``PipelineConfig``.
         loss_exponent: see ``multiscale_loss``; 1 is the endpoint error itself, less makes small errors count for more.
+        endpoint_share: share of the steps, at the end, whose ``loss_exponent`` is 1. Shipped weights are judged by the
+            mean error, in which the largest ones count most.
         refit_embeddings: pairs on which ``fit_embeddings`` sets the matching features of ``initial`` anew
             before the first step; 0 leaves them. A fresh network's are always fitted.
         validation_size, validation_count: the synthetic validation set.
@@ -99,6 +101,7 @@ class TrainConfig:
     reuse: int = 2
     occluded_weight: float = 0.15
     loss_exponent: float = 0.75
+    endpoint_share: float = 0.0
     refit_embeddings: int = 0
     validation_size: tuple[int, int] = (384, 512)
     validation_count: int = 32
@@ -118,6 +121,8 @@ class TrainConfig:
             raise ValueError(f"occluded_weight must lie between 0 and 1, got {self.occluded_weight}")
         if not 0 < self.loss_exponent <= 1:
             raise ValueError(f"loss_exponent must be above 0 and at most 1, got {self.loss_exponent}")
+        if not 0 <= self.endpoint_share <= 1:
+            raise ValueError(f"endpoint_share must lie between 0 and 1, got {self.endpoint_share}")
         if not 0 < self.motion[0] <= self.motion[1]:
             raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
         if self.initial_vote_gain is not None and not self.initial:
@@ -404,10 +409,20 @@ def make_network(config: TrainConfig) -> tuple[keras.Model, list[str] | None]:
     return network, fresh
 
 
-def trainer_of(network: keras.Model, config: TrainConfig, kind: type[FlowTrainer] = FlowTrainer) -> FlowTrainer:
-    """A trainer of what :func:`make_network` gives, for the run's precision."""
-    loss_scale = LossScale() if config.precision == "mixed_float16" else None
-    return kind(network, loss_exponent=config.loss_exponent, loss_scale=loss_scale)
+def trainer_of(
+    network: keras.Model,
+    config: TrainConfig,
+    kind: type[FlowTrainer] = FlowTrainer,
+    position: tf.Variable | None = None,
+) -> FlowTrainer:
+    """A trainer of what :func:`make_network` gives, for the run's precision and losses."""
+    return kind(
+        network,
+        loss_exponent=config.loss_exponent,
+        exponent_one_from=config.steps * (1 - config.endpoint_share) if config.endpoint_share else None,
+        position=position,
+        loss_scale=LossScale() if config.precision == "mixed_float16" else None,
+    )
 
 
 def start_from_data(network: keras.Model, config: TrainConfig, fresh: list[str] | None) -> None:

@@ -19,14 +19,13 @@ import time
 from pathlib import Path
 from typing import Callable, Iterator
 
-import numpy as np
 import tf_keras as keras
 
 from qpwc_core import atomic, evaluation
 from qpwc_core.cli.common import print_table
 from qpwc_core.errors import QpwcError
 from qpwc_core.quantization.pipeline import quantize
-from qpwc_core.training import bundle, card, loop
+from qpwc_core.training import bundle, bundle_runner, card, loop
 from qpwc_core.training.interpolation import PreTrainConfig, pre_train
 from qpwc_core.training.loop import TrainConfig
 from qpwc_core.training.recipe import Recipe, Stage
@@ -304,13 +303,7 @@ def _run_bundle(stage: Stage) -> Outcome:
     description = stage.directory / "bundle.json"
     if not description.exists():
         bundle.export_step(config, stage.directory)
-    done = 0
-    if state.exists():
-        try:
-            with np.load(state, allow_pickle=False) as values:
-                done = int(values[json.loads(description.read_text())["iterations"]])
-        except Exception as error:  # np.load has many for a damaged file
-            raise ValueError(f"{state}: not a state of this bundle ({error})") from error
+    done = bundle_runner.steps_done(stage.directory, state)
     if done < config.steps:
         command = shlex.join(["python", "training/run_bundle.py", str(stage.directory), "--minutes", "9"])
         raise WaitingForBundle(

@@ -22,16 +22,27 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
     """Linear warm-up over ``warmup_steps``, then half a cosine down to ``final_fraction`` of the peak.
 
     (Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.)
+
+    Args:
+        position: where the schedule is, in steps, instead of the optimizer's count of them.
     """
 
-    def __init__(self, peak: float, total_steps: int, warmup_steps: int, final_fraction: float = 0.01):
+    def __init__(
+        self,
+        peak: float,
+        total_steps: int,
+        warmup_steps: int,
+        final_fraction: float = 0.01,
+        position: tf.Variable | None = None,
+    ):
         self.peak = peak
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         self.final_fraction = final_fraction
+        self.position = position
 
     def __call__(self, step) -> tf.Tensor:
-        step = tf.cast(step, tf.float32)
+        step = tf.cast(step, tf.float32) if self.position is None else self.position
         warm = (step + 1.0) / max(self.warmup_steps, 1)
         progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
         cosine = 0.5 * (1.0 + tf.cos(3.14159265 * tf.clip_by_value(progress, 0.0, 1.0)))
@@ -82,6 +93,9 @@ class FlowTrainer(keras.Model):
         average_decay: decay of the exponential moving average of the weights, which is what one ships
             (Polyak averaging); it ramps up, so that early averages forget the initialization.
         loss_exponent: see ``multiscale_loss``.
+        exponent_one_from: the step from which on the exponent is 1; None: never.
+        position: where the run is, in steps, instead of the optimizer's count of them, for a run whose schedule
+            follows something else, such as time; a step adds 1.
         loss_scale: see ``LossScale``; None: the loss as it is.
 
     A step whose loss or gradient is not finite changes nothing and is counted in ``skipped``.
@@ -95,6 +109,8 @@ class FlowTrainer(keras.Model):
         average_decay: float = 0.999,
         matching_weight: float = 0.3,
         loss_exponent: float = 0.75,
+        exponent_one_from: float | None = None,
+        position: tf.Variable | None = None,
         loss_scale: LossScale | None = None,
         **kwargs,
     ):
@@ -108,6 +124,8 @@ class FlowTrainer(keras.Model):
         )
         self.clip_norm = clip_norm
         self.loss_exponent = loss_exponent
+        self.exponent_one_from = exponent_one_from
+        self.position = position
         self.loss_scale = loss_scale
         self.average_decay = average_decay
         self.averages = [
@@ -126,12 +144,18 @@ class FlowTrainer(keras.Model):
         prev, next_ = inputs
         return self.network(normalize(tf.concat([prev, next_], axis=0)), training=training)
 
+    def _exponent(self) -> float | tf.Tensor:
+        if self.exponent_one_from is None:
+            return self.loss_exponent
+        position = self.optimizer.iterations if self.position is None else self.position
+        return tf.where(tf.cast(position, tf.float32) >= self.exponent_one_from, 1.0, self.loss_exponent)
+
     def _loss(self, batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         images = normalize(tf.concat([batch["prev"], batch["next"]], axis=0))
         tensors = self._watched(images, training=True)
         flows = {f"flow_{level}": tensors[f"flow_{level}"] for level in self._levels}
         loss, error = multiscale_loss(
-            flows, batch["flow"], batch["valid"], exponent=self.loss_exponent
+            flows, batch["flow"], batch["valid"], exponent=self._exponent()
         )
         matching = tf.constant(0.0)
         for level in self._levels if self.matching_weight else ():
@@ -178,6 +202,8 @@ class FlowTrainer(keras.Model):
             for average, variable in zip(self.averages, variables)
         )
         self._assign([(self.skipped, self.skipped + tf.cast(~finite, tf.int64))])
+        if self.position is not None:
+            self._assign([(self.position, self.position + 1.0)])
         if self.loss_scale is not None:
             self._assign(self.loss_scale.after(finite))
 
@@ -211,11 +237,16 @@ class FlowTrainer(keras.Model):
                 variable.assign(value)
 
 
-def make_optimizer(peak: float, total_steps: int, warmup_steps: int, weight_decay: float) -> keras.optimizers.Optimizer:
-    """AdamW with the one-cycle schedule (Loshchilov and Hutter, "Decoupled Weight Decay", ICLR 2019)."""
-    return keras.optimizers.AdamW(
-        OneCycle(peak, total_steps, warmup_steps), weight_decay=weight_decay, jit_compile=False
-    )
+def make_optimizer(
+    peak: float, total_steps: int, warmup_steps: int, weight_decay: float, position: tf.Variable | None = None
+) -> keras.optimizers.Optimizer:
+    """AdamW with the one-cycle schedule (Loshchilov and Hutter, "Decoupled Weight Decay", ICLR 2019).
+
+    Args:
+        position: see ``OneCycle``.
+    """
+    schedule = OneCycle(peak, total_steps, warmup_steps, position=position)
+    return keras.optimizers.AdamW(schedule, weight_decay=weight_decay, jit_compile=False)
 
 
 class Schedule(Protocol):
@@ -233,6 +264,8 @@ def prepare_optimizer(trainer: FlowTrainer, config: Schedule, *, jit_compile: bo
     Args:
         jit_compile: compile the whole step with XLA.
     """
-    optimizer = make_optimizer(config.learning_rate, config.steps, config.warmup, config.weight_decay)
+    optimizer = make_optimizer(
+        config.learning_rate, config.steps, config.warmup, config.weight_decay, trainer.position
+    )
     trainer.compile(optimizer=optimizer, jit_compile=jit_compile)
     trainer.optimizer.build(trainer.network.trainable_variables)

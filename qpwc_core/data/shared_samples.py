@@ -1,0 +1,155 @@
+"""Training samples from worker processes through shared memory, for a consumer that pipes would hold up."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import queue
+import signal
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+
+from qpwc_core.data.pipeline import PipelineConfig, flow_samples
+from qpwc_core.data.render import Sample
+from qpwc_core.errors import QpwcError
+
+Chunk = dict[str, np.ndarray]
+
+#: Samples per worker that are written or waiting to be read.
+_SLOTS_PER_WORKER = 8
+#: Seconds after which a silent worker is looked after.
+_PATIENCE = 5.0
+_LARGEST_HALF = 60_000.0
+
+
+def layout(height: int, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of a packed sample's arrays.
+
+    ``images`` is prev and next side by side in the channels; ``flow`` float16, in pixels; ``weight`` 255 times the
+    ``valid`` of ``pipeline.to_batch``.
+    """
+    return {
+        "images": ((height, width, 6), np.dtype(np.uint8)),
+        "flow": ((height, width, 2), np.dtype(np.float16)),
+        "weight": ((height, width, 1), np.dtype(np.uint8)),
+    }
+
+
+def pack(sample: Sample, occluded_weight: float) -> Chunk:
+    """A sample in two thirds of its memory, see :func:`layout`."""
+    known = sample.valid[..., None]
+    flow = np.clip(np.where(known, sample.flow, 0), -_LARGEST_HALF, _LARGEST_HALF)
+    weight = sample.valid * np.where(sample.occluded, occluded_weight, 1.0)
+    return {
+        "images": np.concatenate([sample.prev, sample.next], axis=-1),
+        "flow": flow.astype(np.float16),
+        "weight": np.rint(255 * weight).astype(np.uint8)[..., None],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slots:
+    """Arrays of packed samples in memory that processes share."""
+
+    memory: dict[str, object]
+    count: int
+    height: int
+    width: int
+
+    @classmethod
+    def allocate(cls, context, count: int, height: int, width: int) -> "_Slots":
+        sizes = {
+            name: count * int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in layout(height, width).items()
+        }
+        return cls({name: context.RawArray("B", size) for name, size in sizes.items()}, count, height, width)
+
+    def arrays(self) -> Chunk:
+        return {
+            name: np.frombuffer(self.memory[name], dtype).reshape(self.count, *shape)
+            for name, (shape, dtype) in layout(self.height, self.width).items()
+        }
+
+
+def _work(config: PipelineConfig, seed: int, slots: _Slots, free, filled) -> None:
+    import cv2
+
+    # Ctrl-C reaches the whole process group; the parent alone decides when a worker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    arrays = slots.arrays()
+    try:
+        for sample in flow_samples(config, config.load_textures(seed), np.random.default_rng(seed)):
+            packed = pack(sample, config.occluded_weight)
+            index = free.get()
+            for name, values in packed.items():
+                arrays[name][index] = values
+            filled.put(index)
+    except (ValueError, OSError, QpwcError) as error:
+        filled.put(error)
+
+
+@contextlib.contextmanager
+def sample_chunks(config: PipelineConfig, seed: int, workers: int, size: int) -> Iterator[Iterator[Chunk]]:
+    """Packed samples, ``size`` at a time, for a ``with`` statement; the processes end with it.
+
+    A chunk is new arrays, ``size`` in front of the shapes of :func:`layout`. Samples of one scene follow each other.
+
+    Args:
+        workers: number of processes, at least 1.
+
+    Raises (from the iterator):
+        ValueError, OSError, QpwcError: what a worker raised.
+        ChildProcessError: a worker died.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    # Not fork: the parent runs JAX's threads.
+    context = multiprocessing.get_context("spawn")
+    slots = _Slots.allocate(context, _SLOTS_PER_WORKER * workers, config.scene.height, config.scene.width)
+    arrays = slots.arrays()
+    free, filled = context.SimpleQueue(), context.Queue()
+    for index in range(slots.count):
+        free.put(index)
+    processes = [
+        context.Process(target=_work, args=(config, seed + 7919 * index, slots, free, filled), daemon=True)
+        for index in range(workers)
+    ]
+
+    def next_filled() -> int:
+        while True:
+            try:
+                item = filled.get(timeout=_PATIENCE)
+            except queue.Empty:
+                for process in processes:
+                    if process.exitcode is not None:
+                        raise ChildProcessError(
+                            f"a rendering process ended with code {process.exitcode}"
+                        ) from None
+                continue
+            if isinstance(item, Exception):
+                raise item
+            return item
+
+    def chunks() -> Iterator[Chunk]:
+        while True:
+            chunk = {name: np.empty((size, *slot.shape[1:]), slot.dtype) for name, slot in arrays.items()}
+            for row in range(size):
+                index = next_filled()
+                for name, slot in arrays.items():
+                    chunk[name][row] = slot[index]
+                free.put(index)
+            yield chunk
+
+    try:
+        for process in processes:
+            process.start()
+        yield chunks()
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()

@@ -1,0 +1,170 @@
+"""A pool of training samples in an accelerator's memory, from which batches are drawn there.
+
+An accelerator takes more samples a second than processors render. Here each rendered sample is drawn several times,
+each time cut, mirrored and coloured differently, while rendering goes on replacing the oldest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Iterator
+
+import numpy as np
+
+from qpwc_core.data.shared_samples import Chunk, layout
+
+#: Arrays of more elements than this would need 64-bit indices, which are slow or missing on accelerators.
+_LARGEST_ARRAY = 2**31 - 1
+
+
+class DevicePool:
+    """Packed samples on a device, the oldest replaced first.
+
+    May be filled by one thread and drawn from by another.
+
+    Args:
+        capacity: samples it holds at most, rounded down to whole chunks and slabs.
+        chunk: samples per :meth:`add`.
+        height, width: of the samples added; crop: height and width of the samples drawn, not larger.
+        batch: samples per draw.
+
+    Raises:
+        ValueError: a crop larger than the samples, or less capacity than one chunk.
+    """
+
+    def __init__(
+        self, capacity: int, chunk: int, height: int, width: int, crop: tuple[int, int], batch: int, seed: int = 0
+    ):
+        import jax
+
+        if crop[0] > height or crop[1] > width:
+            raise ValueError(f"cannot cut {crop[0]}x{crop[1]} from samples of {height}x{width}")
+        if capacity < chunk:
+            raise ValueError(f"a pool of {capacity} samples does not hold a chunk of {chunk}")
+        shapes = layout(height, width)
+        most = _LARGEST_ARRAY // max(int(np.prod(shape)) for shape, _ in shapes.values())
+        self._chunks_per_slab = max(1, min(most, capacity) // chunk)
+        slabs = max(1, capacity // (self._chunks_per_slab * chunk))
+        self._chunk, self._batch, self._crop = chunk, batch, crop
+        self._margin = (height - crop[0], width - crop[1])
+        rows = self._chunks_per_slab * chunk
+        zeros = jax.jit(
+            lambda: {name: jax.numpy.zeros((rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+        )
+        self._slabs = [zeros() for _ in range(slabs)]
+        self._added = 0
+        self._rng = np.random.default_rng(seed)
+        self._lock = threading.Lock()
+        self._jax = jax
+        self._insert = jax.jit(_insert, donate_argnums=0)
+        self._cut = jax.jit(_cut, static_argnums=5)
+
+    @property
+    def capacity(self) -> int:
+        return len(self._slabs) * self._chunks_per_slab * self._chunk
+
+    @property
+    def added(self) -> int:
+        """Samples added so far, those replaced since included."""
+        return self._added * self._chunk
+
+    def add(self, chunk: Chunk) -> None:
+        """Adds a chunk of ``shared_samples.sample_chunks``."""
+        on_device = self._jax.device_put(chunk)
+        with self._lock:
+            # Slabs in turn, so that each has samples of all ages.
+            turn, slab = divmod(self._added, len(self._slabs))
+            start = turn % self._chunks_per_slab * self._chunk
+            self._slabs[slab] = self._insert(self._slabs[slab], on_device, start)
+            self._added += 1
+
+    def draw(self) -> dict[str, object]:
+        """A batch as ``pipeline.to_batch`` makes it, as arrays on the device.
+
+        Raises:
+            ValueError: nothing has been added yet.
+        """
+        rng = self._rng
+        with self._lock:
+            if not self._added:
+                raise ValueError("the pool is empty")
+            index = int(rng.integers(min(self._added, len(self._slabs))))
+            turns = -(-(self._added - index) // len(self._slabs))
+            filled = min(turns, self._chunks_per_slab) * self._chunk
+            rows = rng.integers(0, filled, self._batch, dtype=np.int32)
+            corners = np.stack([rng.integers(0, m + 1, self._batch, dtype=np.int32) for m in self._margin], axis=1)
+            mirrored = rng.random((self._batch, 2)) < 0.5
+            colors = rng.permutation(3).astype(np.int32)
+            return self._cut(self._slabs[index], rows, corners, mirrored, colors, self._crop)
+
+
+def _insert(slab, chunk, start):
+    from jax import lax
+
+    return {name: lax.dynamic_update_slice_in_dim(slab[name], chunk[name], start, 0) for name in slab}
+
+
+def _cut(slab, rows, corners, mirrored, colors, crop):
+    """Cuts samples out of a slab, mirrors them (columns: down, across) and permutes their colours."""
+    import jax
+    import jax.numpy as jnp
+
+    def one(values, row, corner):
+        start = (row, corner[0], corner[1], 0)
+        return jax.lax.dynamic_slice(values, start, (1, *crop, values.shape[-1]))[0]
+
+    def mirror(values):
+        across = jnp.where(mirrored[:, 1, None, None, None], values[:, :, ::-1], values)
+        return jnp.where(mirrored[:, 0, None, None, None], across[:, ::-1], across)
+
+    cut = {name: mirror(jax.vmap(one, (None, 0, 0))(values, rows, corners)) for name, values in slab.items()}
+    sign = jnp.where(mirrored[:, ::-1], -1.0, 1.0)[:, None, None]
+    images = jnp.take(cut["images"].reshape(*cut["images"].shape[:3], 2, 3), colors, axis=-1)
+    return {
+        "prev": images[..., 0, :],
+        "next": images[..., 1, :],
+        "flow": cut["flow"].astype(jnp.float32) * sign,
+        "valid": cut["weight"].astype(jnp.float32) / 255.0,
+    }
+
+
+@contextlib.contextmanager
+def pooled_batches(pool: DevicePool, chunks: Iterator[Chunk], first: int) -> Iterator[Iterator[dict[str, object]]]:
+    """Batches of a pool that a thread keeps filling from ``chunks``, for a ``with`` statement.
+
+    Args:
+        first: samples that are there before the first batch is drawn.
+
+    Raises (from the iterator):
+        what ``chunks`` raises.
+    """
+    failed: list[BaseException] = []
+    ready, ending = threading.Event(), threading.Event()
+
+    def fill() -> None:
+        try:
+            for chunk in chunks:
+                if ending.is_set():
+                    return
+                pool.add(chunk)
+                if pool.added >= first:
+                    ready.set()
+        except BaseException as error:  # raised again where batches are asked for
+            failed.append(error)
+            ready.set()
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+
+    def batches() -> Iterator[dict[str, object]]:
+        ready.wait()
+        while True:
+            if failed and not ending.is_set():
+                raise failed[0]
+            yield pool.draw()
+
+    try:
+        yield batches()
+    finally:
+        ending.set()
