@@ -126,7 +126,7 @@ class Engine:
                 ),
             )
             # Delegates are applied here, to the graphs of all signatures; a signature runner made before would run
-            # without them. For a model of four input sizes instead of one this takes 10 ms and 5 to 9 MB more, too
+            # without them. For a model of four input sizes instead of one this takes 10 to 20 ms and 5 to 9 MB more, too
             # little to load them apart. The tensors of a signature get memory when it first runs, and keep it.
             self._interpreter.allocate_tensors()
             signatures = self._interpreter.get_signature_list()
