@@ -149,17 +149,18 @@ def attribute(events: Sequence[Event], graph: Graph) -> list[int]:
 
 
 def measure(info: ModelInfo, threads: int, runs: int) -> list[tuple[str, str, float]]:
-    """(kind, part, milliseconds) of every kernel that is run for one frame of a stream."""
+    """(kind, part, milliseconds) of every kernel that is run for one frame of a stream, of the default input size."""
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromPackedBuf(Path(info.path).read_bytes(), 0)
     profiler = Profiler(info.path, threads)
-    frame = np.random.default_rng(0).integers(0, 256, (1, info.height, info.width, 3), np.uint8)
-    profiler.set_input(info.encode, "image", frame)
-    for name in profiler.inputs(info.match):
-        profiler.connect(info.match, name, info.encode, name.partition("_")[2])
+    size = info.sizes[0]
+    frame = np.random.default_rng(0).integers(0, 256, (1, size.height, size.width, 3), np.uint8)
+    profiler.set_input(size.encode, "image", frame)
+    for name in profiler.inputs(size.match):
+        profiler.connect(size.match, name, size.encode, name.partition("_")[2])
     rows = []
-    for signature in (info.encode, info.match):
+    for signature in (size.encode, size.match):
         subgraph = next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey.decode() == signature)
         graph = Graph(model, model.subgraphs[subgraph])
         profiler.run(signature)
@@ -216,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for info in models(options.model):
             rows = measure(info, options.threads, options.runs)
-            lines += ["", f"## {info.name} {info.precision}, {info.width}x{info.height}", ""]
+            lines += ["", f"## {info.name} {info.precision}, {info.sizes[0]}", ""]
             lines += [*table(rows, 1, "part"), "", *table(rows, 0, "operation")]
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,15 @@ All resizing uses half-pixel centres: pixel i of n covers [i, i + 1) of the side
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import cv2
 import numpy as np
+
+#: Scales that differ by less count as equal: 640x360 may become 640x352.
+_SCALE_TOLERANCE = 0.05
 
 
 def check_flow(flow: np.ndarray, name: str = "flow") -> None:
@@ -84,6 +88,32 @@ def warp_image(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     return cv2.remap(image, target, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
+def choose_size(height: int, width: int, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Which of a network's input sizes an image is given to.
+
+    Its own size, if that is among them. Else the smallest in area of those that keep the image's resolution: of
+    all the scales at which the image just fits, those down to 5 % below the largest count, enlarging as much
+    as no change. So a smaller input is taken where it spares padding or enlarged pixels, but not to be faster at
+    the cost of detail.
+
+    Args:
+      height, width: The image, in pixels.
+      sizes: (height, width) of the inputs, in pixels; at least one.
+
+    Returns:
+      One of `sizes`; of several that are as good, the one that the image fills best, then the first.
+    """
+    sizes = list(sizes)
+    if (height, width) in sizes:
+        return height, width
+
+    def scale(size: tuple[int, int]) -> float:
+        return min(size[0] / height, size[1] / width)
+
+    kept = min(1.0, max(map(scale, sizes))) * (1 - _SCALE_TOLERANCE)
+    return min((size for size in sizes if scale(size) >= kept), key=lambda size: (size[0] * size[1], -scale(size)))
+
+
 @dataclass(frozen=True)
 class NetworkFit:
     """How an image of any size lies in a network input of a fixed size.
@@ -91,7 +121,8 @@ class NetworkFit:
     The image is scaled, keeping its aspect, to the largest size that fits, put into the top left
     corner, and the rest is filled by repeating its last row and column. The scaled size is rounded
     to whole cells of the network's flow grid, so that the flow of the image is a rectangle of that
-    grid; each axis has its own exact ratio, by which vectors are rescaled.
+    grid, and a side that falls short of the input's by less than 5 % is stretched over all of it; each
+    axis has its own exact ratio, by which vectors are rescaled.
 
     Attributes:
       height, width: The image, in pixels.
@@ -109,9 +140,14 @@ class NetworkFit:
     def content_size(self) -> tuple[int, int]:
         """(height, width) of the scaled image within the network input, in its pixels."""
         scale = min(self.net_height / self.height, self.net_width / self.width)
-        return (self._whole_cells(self.height * scale), self._whole_cells(self.width * scale))
+        return (
+            self._whole_cells(self.height * scale, self.net_height),
+            self._whole_cells(self.width * scale, self.net_width),
+        )
 
-    def _whole_cells(self, length: float) -> int:
+    def _whole_cells(self, length: float, full: int) -> int:
+        if length > full * (1 - _SCALE_TOLERANCE):
+            return full
         return max(1, round(length / self.stride)) * self.stride
 
     def to_network(self, image: np.ndarray) -> np.ndarray:

@@ -100,13 +100,15 @@ def test_models_lists_figures(capsys):
         line = next(
             line for line in table.splitlines() if line.startswith(info["name"]) and info["precision"] in line
         )
-        assert f"{info['width']}x{info['height']}" in line
+        assert info["sizes"][0] == {"width": 640, "height": 480} and len(info["sizes"]) > 1
+        assert " ".join(f"{size['width']}x{size['height']}" for size in info["sizes"]) in line
 
 
 def test_bench_compares_in_one_run(capsys):
     assert main(["bench", "--size", "64x48", "--repeats", "3", "--threads", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     names = [result["name"] for result in report["results"]]
+    assert [result["input"] for result in report["results"]] == ["320x256", "320x256", "64x48"]
     assert [name.split()[-1] for name in names] == ["int8", "float32", "medium"]
     assert report["machine"]["threads"] == "1" and report["machine"]["processor"]
     for result in report["results"]:

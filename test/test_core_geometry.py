@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from core_scenes import constant_flow, shifted, texture
 
-from qpwc_core.geometry import NetworkFit, resize_flow, warp_image
+from qpwc_core.geometry import NetworkFit, choose_size, resize_flow, warp_image
 
 
 @pytest.mark.parametrize("size", [(40, 80), (10, 20), (31, 17)])
@@ -76,6 +76,59 @@ def test_constant_motion_survives_the_way_there_and_back(size):
     flow = fit.to_image(grid)
     assert flow.dtype == np.float32
     np.testing.assert_allclose(flow, constant_flow(*size, size[1] / 16, -size[0] / 32), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(94, 128), (96, 125), (360, 471), (47, 64)])
+def test_a_nearly_equal_aspect_fills_the_input(size):
+    assert NetworkFit(*size, **NET).content_size == (96, 128)
+
+
+SIZES = [(480, 640), (352, 640), (384, 512), (256, 320)]
+
+
+@pytest.mark.parametrize(
+    "image, chosen",
+    [
+        # Its own size.
+        *((size, size) for size in SIZES),
+        # The smallest that holds it.
+        ((240, 320), (256, 320)),
+        ((64, 64), (256, 320)),
+        ((32, 320), (256, 320)),
+        ((240, 424), (384, 512)),
+        ((375, 500), (384, 512)),
+        ((400, 400), (384, 512)),
+        ((420, 420), (480, 640)),
+        ((300, 600), (352, 640)),
+        # Larger than all: scaled down least.
+        ((480, 752), (480, 640)),
+        ((768, 1024), (480, 640)),
+        ((3000, 4000), (480, 640)),
+        ((640, 480), (480, 640)),
+        # A few per cent are no reason to compute on padding.
+        ((360, 640), (352, 640)),
+        ((720, 1280), (352, 640)),
+        ((480, 848), (352, 640)),
+        ((390, 520), (384, 512)),
+        ((375, 1242), (352, 640)),
+        ((436, 1024), (352, 640)),
+    ],
+)
+def test_the_input_size_that_suits_an_image(image, chosen):
+    assert choose_size(*image, SIZES) == choose_size(*image, SIZES[::-1]) == chosen
+
+
+def test_its_own_size_wins_over_a_slightly_smaller_one():
+    assert choose_size(480, 640, [(480, 624), (480, 640)]) == (480, 640)
+
+
+def test_of_inputs_of_one_area_the_image_fills_the_other_less():
+    assert choose_size(128, 64, [(256, 320), (320, 256)]) == (320, 256)
+
+
+@pytest.mark.parametrize("image", [(32, 32), (480, 640), (1000, 37)])
+def test_a_single_input_size_takes_every_image(image):
+    assert choose_size(*image, [(96, 128)]) == (96, 128)
 
 
 def test_padding_repeats_the_border():

@@ -50,6 +50,9 @@ def shallow() -> keras.Model:
         ({"sharpness": -1.0}, "sharpness must be positive"),
         ({"height": 470}, "470x640 is not a multiple of the stride 32"),
         ({"width": 650}, "480x650 is not a multiple of the stride 32"),
+        ({"sizes": [[240, 320]]}, "240x320 is not a multiple of the stride 32"),
+        ({"sizes": [[0, 320]]}, "0x320 is not a multiple of the stride 32"),
+        ({"sizes": [[480, 640]]}, "one size twice"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused(changes, reason):
@@ -68,6 +71,7 @@ def test_a_configuration_survives_json(name):
     config = OPERATING_POINTS[name]
     assert config.name == name
     assert NetworkConfig.from_mapping(json.loads(config.to_json())) == config
+    assert len(config.input_sizes) == 4 and config.input_sizes[0] == (480, 640)
 
 
 def test_levels_and_stride_follow_from_the_pyramid():

@@ -32,6 +32,8 @@ from qpwc_core.runtime.metadata import read_metadata
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
 
 STRIDE = 8
+#: Size → names of its signatures in an exported file.
+SIGNATURES = {(64, 96): ("encode", "match"), (64, 64): ("encode_64x64", "match_64x64")}
 
 
 def lively_network(config: NetworkConfig, height: int, width: int) -> keras.Model:
@@ -229,6 +231,11 @@ def operators(model, subgraph):
         yield name, inputs, [subgraph.tensors[index] for index in operator.outputs]
 
 
+def subgraph_of(model, signature: str):
+    """The graph of a signature."""
+    return model.subgraphs[next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey.decode() == signature)]
+
+
 def signatures(model) -> dict[str, tuple[dict, dict]]:
     """Signature → (inputs, outputs), each name → (shape, type)."""
     found = {}
@@ -245,36 +252,37 @@ def signatures(model) -> dict[str, tuple[dict, dict]]:
 
 @pytest.mark.parametrize("precision, features", [("int8", "INT8"), ("float32", "FLOAT32")])
 def test_signatures_are_the_contract(exported, precision, features):
-    """encode: an image to features; match: the features of two frames to flow in float."""
+    """For each size, encode: an image to features; match: the features of two frames to flow in float."""
     found = signatures(exported.model(precision))
-    assert set(found) == {"encode", "match"}
-    inputs, outputs = found["encode"]
-    assert inputs == {"image": ((1, DEEP.height, DEEP.width, 3), "UINT8")}
-    assert set(outputs) == set(feature_layers(DEEP))
-    assert {kind for _, kind in outputs.values()} == {features}
-    inputs, flow = found["match"]
-    assert flow == {"flow": ((1, DEEP.height // STRIDE, DEEP.width // STRIDE, 2), "FLOAT32")}
-    levels = DEEP.levels
-    assert set(inputs) == {f"{side}_match_{level}" for side in ("prev", "next") for level in levels} | {
-        f"prev_context_{level}" for level in levels
-    }
-    for name, entry in inputs.items():
-        assert entry == outputs[name.partition("_")[2]]
+    assert set(found) == {name for pair in SIGNATURES.values() for name in pair}
+    for (height, width), (encode, match) in SIGNATURES.items():
+        inputs, outputs = found[encode]
+        assert inputs == {"image": ((1, height, width, 3), "UINT8")}
+        assert set(outputs) == set(feature_layers(DEEP))
+        assert {kind for _, kind in outputs.values()} == {features}
+        inputs, flow = found[match]
+        assert flow == {"flow": ((1, height // STRIDE, width // STRIDE, 2), "FLOAT32")}
+        levels = DEEP.levels
+        assert set(inputs) == {f"{side}_match_{level}" for side in ("prev", "next") for level in levels} | {
+            f"prev_context_{level}" for level in levels
+        }
+        for name, entry in inputs.items():
+            assert entry == outputs[name.partition("_")[2]]
 
 
 def test_features_pass_from_encode_to_match_unchanged(exported):
-    """The same scale and zero point on both sides, so that nothing is computed between them."""
+    """The same scale and zero point on both sides and for all sizes, so that nothing is computed between them."""
     model = exported.model("int8")
     parameters: dict[str, list] = {}
     for signature in model.signatureDefs:
         tensors = model.subgraphs[signature.subgraphIndex].tensors
-        entries = signature.outputs if signature.signatureKey == b"encode" else signature.inputs
+        entries = signature.outputs if signature.signatureKey.startswith(b"encode") else signature.inputs
         for entry in entries:
             name = entry.name.decode().removeprefix("prev_").removeprefix("next_")
             quantization = tensors[entry.tensorIndex].quantization
             parameters.setdefault(name, []).append((quantization.scale[0], quantization.zeroPoint[0]))
     for name, values in parameters.items():
-        assert len(values) == (3 if name.startswith("match") else 2)
+        assert len(values) == (3 if name.startswith("match") else 2) * len(SIGNATURES)
         assert len(set(values)) == 1, name
 
 
@@ -283,14 +291,14 @@ def test_metadata_is_what_the_runtime_reads(exported, precision):
     metadata = read_metadata(exported.paths[precision])
     figures = metadata.pop("figures")
     assert metadata == {
-        "format": 1,
+        "format": 2,
         "name": "deep",
         "precision": precision,
-        "height": DEEP.height,
-        "width": DEEP.width,
         "flow_stride": STRIDE,
-        "encode": "encode",
-        "match": "match",
+        "sizes": [
+            {"height": height, "width": width, "encode": encode, "match": match}
+            for (height, width), (encode, match) in SIGNATURES.items()
+        ],
     }
     parity = json.loads((exported.directory / "parity.json").read_text())
     assert figures["EPE synthetic"] == pytest.approx(parity[precision], abs=1e-3)
@@ -313,10 +321,10 @@ def test_all_convolutions_are_int8_but_those_of_the_flow(exported):
                 assert TYPES[inputs[1].type] == kind  # no hybrid kernels
                 kinds[kind].append(outputs[0].name.decode())
     assert {tensor_of(name).partition("/")[0] for name in kinds["FLOAT32"]} == flow_convolutions(DEEP)
-    assert len(kinds["FLOAT32"]) == len(flow_convolutions(DEEP))
+    assert len(kinds["FLOAT32"]) == len(flow_convolutions(DEEP)) * len(SIGNATURES)
     convolutions = sum(isinstance(layer, keras.layers.Conv2D) for layer in exported.network.layers)
     summed = sum(2 * radius + 1 for radius in DEEP.radii)  # the cost volumes' sums over channels
-    assert len(kinds["INT8"]) == convolutions - len(kinds["FLOAT32"]) + summed
+    assert len(kinds["INT8"]) == (convolutions - len(flow_convolutions(DEEP)) + summed) * len(SIGNATURES)
 
 
 #: Every float tensor that the int8 file may have, by name, and the most channels it may have: (pattern, channels).
@@ -378,18 +386,18 @@ def test_any_int8_tensor_that_became_float_would_be_noticed(exported):
     assert changed > 150
 
 
-def test_encoding_has_no_float_tensor_at_all(exported):
-    model = exported.model("int8")
-    index = next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey == b"encode")
-    assert "FLOAT32" not in {TYPES[tensor.type] for tensor in model.subgraphs[index].tensors}
+@pytest.mark.parametrize("size", SIGNATURES)
+def test_encoding_has_no_float_tensor_at_all(exported, size):
+    encode = subgraph_of(exported.model("int8"), SIGNATURES[size][0])
+    assert "FLOAT32" not in {TYPES[tensor.type] for tensor in encode.tensors}
 
 
-def test_wide_float_tensors_are_only_what_the_flow_convolutions_read(exported):
+@pytest.mark.parametrize("size", SIGNATURES)
+def test_wide_float_tensors_are_only_what_the_flow_convolutions_read(exported, size):
     """And each is made by a single step from int8."""
     model = exported.model("int8")
-    match = model.subgraphs[next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey == b"match")]
     read_by_flow, wide = set(), set()
-    for name, inputs, outputs in operators(model, match):
+    for name, inputs, outputs in operators(model, subgraph_of(model, SIGNATURES[size][1])):
         if name == "CONV_2D" and TYPES[outputs[0].type] == "FLOAT32":
             read_by_flow.add(inputs[0].name)
         for tensor in outputs:
@@ -399,28 +407,33 @@ def test_wide_float_tensors_are_only_what_the_flow_convolutions_read(exported):
     assert wide == read_by_flow and len(wide) == len(flow_convolutions(DEEP))
 
 
-def test_the_float_file_computes_what_tensorflow_does(exported):
-    """Through the estimator that the robot runs, at the network's own size."""
+@pytest.mark.parametrize("size", SIGNATURES)
+def test_the_float_file_computes_what_tensorflow_does(exported, size):
+    """Through the estimator that the robot runs, at the network's own sizes."""
     estimate = FlowEstimator.load(exported.paths["float32"], threads=1)
+    network = build_network(DEEP, *size)
+    network.set_weights(exported.network.get_weights())
     for seed in (1, 2):
-        images = pairs(1, DEEP.height, DEEP.width, seed)
-        expected = finest(exported.network, DEEP, images)
-        full = tf.image.resize(expected, [DEEP.height, DEEP.width], method="bilinear").numpy()[0]
+        images = pairs(1, *size, seed)
+        expected = finest(network, DEEP, images)
+        full = tf.image.resize(expected, size, method="bilinear").numpy()[0]
         assert np.abs(full).mean() > 0.5
         np.testing.assert_allclose(estimate(images[0], images[1]), full, atol=1e-3)
 
 
-def test_the_int8_file_computes_what_was_simulated(exported):
+@pytest.mark.parametrize("size", SIGNATURES)
+def test_the_int8_file_computes_what_was_simulated(exported, size):
     """Its flow is close to the float flow, and much closer to the simulated rounding."""
-    quantized = build_quantized_network(DEEP, DEEP.height, DEEP.width, cost_form="slices")
+    quantized = build_quantized_network(DEEP, *size, cost_form="slices")
     quantized.load_weights(exported.directory / "calibrated.weights.h5")
+    network = build_network(DEEP, *size)
+    network.set_weights(exported.network.get_weights())
     estimate = FlowEstimator.load(exported.paths["int8"], threads=1)
     to_float, to_simulated, lengths = [], [], []
     for seed in (1, 2, 3):
-        images = pairs(1, DEEP.height, DEEP.width, seed)
+        images = pairs(1, *size, seed)
         flow = estimate(images[0], images[1])
-        size = [DEEP.height, DEEP.width]
-        float_flow = tf.image.resize(finest(exported.network, DEEP, images), size).numpy()[0]
+        float_flow = tf.image.resize(finest(network, DEEP, images), size).numpy()[0]
         simulated = tf.image.resize(finest(quantized, DEEP, images), size).numpy()[0]
         to_float.append(np.abs(flow - float_flow).mean())
         to_simulated.append(np.abs(flow - simulated).mean())
@@ -439,7 +452,7 @@ def test_the_report_compares_both_files_with_no_flow(exported):
 
 
 def test_equal_contents_are_stored_once(exported):
-    """Merging the two signatures' graphs does not double a kernel."""
+    """Merging the graphs of all signatures does not double a kernel."""
     for precision in ("int8", "float32"):
         buffers = [buffer.data for buffer in exported.model(precision).buffers]
         contents = [bytes(data) for data in buffers if data is not None and len(data)]

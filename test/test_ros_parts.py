@@ -18,7 +18,7 @@ from qpwc_ros.pipeline import Arrival, Pipeline
 from qpwc_ros.plugins import registry
 from qpwc_ros.plugins.base import Estimator
 from qpwc_ros.plugins.builtin import ENTRY_POINTS, ESTIMATORS
-from qpwc_ros.plugins.estimators import DisEstimator
+from qpwc_ros.plugins.estimators import DisEstimator, TfliteEstimator
 from qpwc_ros.sequence import MOST_PUBLISHERS, SequenceGaps
 from qpwc_ros.share import share_file, use_large_shared_memory
 from qpwc_ros.statistics import Statistics, percentile
@@ -164,6 +164,15 @@ def test_dis_measures_pixels_from_prev_to_next():
     assert flow.shape == (200, 240, 2) and flow.dtype == np.float32
     assert np.abs(np.median(flow[20:-20, 20:-20], axis=(0, 1)) - (5, 3)).max() < 0.3
     assert dis.describe()["threads"] == "1"
+
+
+def test_the_network_says_which_of_its_inputs_the_last_image_went_to():
+    network = TfliteEstimator({"model": "", "precision": "int8", "threads": 1})
+    network.warm_up()
+    assert network.describe()["network_input"] == ""  # no image of a camera yet
+    for (height, width), expected in {(240, 320): "320x256", (720, 1280): "640x352", (480, 640): "640x480"}.items():
+        network.encode(np.zeros((height, width, 3), np.uint8))
+        assert network.describe()["network_input"] == expected
 
 
 def test_worker_takes_the_newest_and_says_what_it_pushed_out():

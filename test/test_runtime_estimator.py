@@ -1,6 +1,7 @@
 import sys
 import threading
 
+import cv2
 import numpy as np
 import pytest
 from core_scenes import constant_flow, shifted, texture
@@ -8,6 +9,10 @@ from core_scenes import constant_flow, shifted, texture
 from qpwc_core import FlowEstimator, FrameInterpolator
 from qpwc_core.errors import QpwcError
 from qpwc_core.metrics import epe, psnr
+from qpwc_core.runtime.engine import import_runtime
+from qpwc_core.runtime.models import default_model, find_model, read_model_info
+
+INPUTS = [(size.height, size.width) for size in read_model_info(find_model(default_model())).sizes]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +68,40 @@ def test_results_belong_to_the_caller(estimator, pair):
     np.testing.assert_array_equal(estimator.match(features, estimator.encode(pair[1])), kept)
 
 
-def test_flow_of_network_size_is_a_copy_too(estimator):
-    size = (estimator.info.height, estimator.info.width)
+@pytest.mark.parametrize("size", INPUTS)
+def test_an_image_of_an_input_size_is_not_resized(estimator, size):
+    """What comes out is the network's own flow, up to the upsampling of its grid."""
+    images = [texture(*size, seed=seed) for seed in (1, 2)]
+    interpreter = import_runtime()[0].Interpreter(str(estimator.info.path), num_threads=estimator.threads)
+    interpreter.allocate_tensors()
+    chosen = next(one for one in estimator.info.sizes if (one.height, one.width) == size)
+    encode, match = map(interpreter.get_signature_runner, (chosen.encode, chosen.match))
+    features = {}
+    for side, image in zip(("prev_", "next_"), images):
+        features.update({side + name: value.copy() for name, value in encode(image=image[None]).items()})
+    flow = match(**{name: features[name] for name in match.get_input_details()})["flow"][0]
+    np.testing.assert_array_equal(estimator(*images), cv2.resize(flow, size[::-1]))
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+@pytest.mark.parametrize("size", INPUTS)
+def test_translation_is_seen_by_every_input_size(precision, size):
+    estimator = FlowEstimator.load(precision=precision)
+    canvas = texture(size[0] + 40, size[1] + 40, smoothness=3)
+    inner = (slice(20, -20), slice(20, -20))
+    for dx, dy in ((0, 0), (4, -3), (-9, 6)):
+        flow = estimator(shifted(canvas, 0, 0, *size), shifted(canvas, dx, dy, *size))
+        assert epe(flow[inner], constant_flow(*size, dx, dy)[inner]) < 1
+
+
+def test_every_bundled_model_has_the_common_sizes(estimator):
+    assert INPUTS == [(480, 640), (352, 640), (384, 512), (256, 320)]
+    assert str(estimator.info.size_for(720, 1280)) == "640x352"
+    assert estimator.info.size_for(64, 64).encode == "encode_256x320"
+
+
+@pytest.mark.parametrize("size", INPUTS)
+def test_flow_of_network_size_is_a_copy_too(estimator, size):
     image = texture(*size)
     kept = image.copy()
     estimator(image, image)
@@ -143,6 +180,37 @@ def test_one_estimator_serves_several_threads(estimator, pair):
     for thread in threads:
         thread.join()
     assert len(results) == 4 and all(np.array_equal(flow, expected) for flow in results)
+
+
+def test_threads_with_images_of_different_sizes_do_not_disturb_each_other(estimator):
+    """Each alternates between two input sizes, out of step with the other."""
+    pairs = [
+        (texture(*size, seed=2 * seed), texture(*size, seed=2 * seed + 1))
+        for seed, size in enumerate([(480, 640), (240, 320), (360, 640), (384, 512)])
+    ]
+    expected = [estimator(*pair) for pair in pairs]
+    results = []
+
+    def work(order):
+        # Both images are encoded before either is matched, so the other thread's come between them.
+        for _ in range(5):
+            encoded = [(index, [estimator.encode(image) for image in pairs[index]]) for index in order]
+            results.extend((index, estimator.match(*features)) for index, features in encoded)
+
+    threads = [threading.Thread(target=work, args=(order,)) for order in ((0, 1), (2, 3, 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 25
+    for index, flow in results:
+        np.testing.assert_array_equal(flow, expected[index])
+
+
+def test_features_of_different_input_sizes_are_refused(estimator):
+    small, large = (estimator.encode(texture(*size)) for size in ((240, 320), (480, 640)))
+    with pytest.raises(ValueError, match=r"\(240, 320\).*\(480, 640\)"):
+        estimator.match(small, large)
 
 
 @pytest.mark.parametrize("threads", [0, -1])

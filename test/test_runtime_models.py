@@ -1,7 +1,9 @@
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from qpwc_core.errors import ModelError
@@ -13,6 +15,7 @@ from qpwc_core.runtime.models import (
     model_directories,
     read_model_info,
 )
+from qpwc_core.runtime.metadata import read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +91,73 @@ def test_a_model_without_our_metadata_is_refused(tmp_path, bundled):
     assert "no metadata entry 'qpwc'" in message
 
 
+def with_metadata(path, bundled, change):
+    """Writes a bundled model whose metadata `change`, a function of the dictionary, has made other, not longer."""
+    path.write_bytes(bundled)
+    metadata = read_metadata(path)
+    before = json.dumps(metadata, sort_keys=True).encode()
+    assert bundled.count(before) == 1
+    after = json.dumps(change(metadata), sort_keys=True).encode()
+    assert len(after) <= len(before)
+    path.write_bytes(bundled.replace(before, after.ljust(len(before))))
+    return path
+
+
+def of_format_1(metadata):
+    """As it was when a file had one size."""
+    sizes = metadata.pop("sizes")
+    return {**metadata, **sizes[0], "format": 1}
+
+
+def test_a_file_of_the_format_before_loads_with_its_one_size(tmp_path, bundled, estimator):
+    path = with_metadata(tmp_path / "old.tflite", bundled, of_format_1)
+    old = FlowEstimator.load(path)
+    assert old.info.sizes == estimator.info.sizes[:1]
+    assert old.info.figures == estimator.info.figures
+    images = np.random.default_rng(0).integers(0, 256, (2, 480, 640, 3), np.uint8)
+    np.testing.assert_array_equal(old(*images), estimator(*images))
+    small = images[:, :240, :320]
+    assert old(*small).shape == (240, 320, 2)
+
+
+@pytest.mark.parametrize("key", ["height", "width", "encode", "match"])
+def test_a_file_of_the_format_before_that_lacks_a_part_is_refused(tmp_path, bundled, key):
+    def without(metadata):
+        metadata = of_format_1(metadata)
+        del metadata[key]
+        return metadata
+
+    path = with_metadata(tmp_path / "old.tflite", bundled, without)
+    with pytest.raises(ModelError, match=f"lacks '{key}'"):
+        FlowEstimator.load(path)
+
+
 @pytest.mark.parametrize(
-    "key", ["format", "name", "precision", "height", "width", "flow_stride", "encode", "match"]
+    "sizes, message",
+    [
+        ([], "no sizes"),
+        ({}, "'sizes' = {}, expected list"),
+        ([480, 640], "480 where an object should be"),
+        ([{"height": "480", "width": 640, "encode": "encode", "match": "match"}], "'height' = '480', expected int"),
+        ([{"height": 479, "width": 640, "encode": "encode", "match": "match"}], "640x479 pixels, which is no whole"),
+        ([{"height": 480, "width": 640, "encode": "encode", "match": "other"}], "lacks the signature 'other'"),
+        ([{"height": 480, "width": 640, "encode": "encode_256x320", "match": "match"}], "tensor 'image'"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(tmp_path, bundled, sizes, message):
+    path = with_metadata(tmp_path / "a.tflite", bundled, lambda metadata: {**metadata, "sizes": sizes})
+    with pytest.raises(ModelError, match=message):
+        FlowEstimator.load(path)
+
+
+def test_a_file_of_a_later_format_is_refused(tmp_path, bundled):
+    path = with_metadata(tmp_path / "a.tflite", bundled, lambda metadata: {**metadata, "format": 3})
+    with pytest.raises(ModelError, match="metadata format 3, this program reads 1 to 2"):
+        FlowEstimator.load(path)
+
+
+@pytest.mark.parametrize(
+    "key", ["format", "name", "precision", "sizes", "height", "width", "flow_stride", "encode", "match"]
 )
 def test_metadata_that_lacks_a_part_is_refused(tmp_path, bundled, key):
     at = bundled.index(f'"{key}":'.encode())
@@ -102,13 +170,14 @@ def test_metadata_that_is_no_json_is_refused(tmp_path, bundled):
     assert "JSON" in refusal(tmp_path / "a.tflite", bundled.replace(b'"format":', b'"format";'))
 
 
-def test_metadata_that_contradicts_the_network_is_refused(tmp_path, bundled):
-    info = list_models()[0]
-    height = str(info.height).encode()
-    at = bundled.index(b'"height":')
-    other = str(info.height - info.flow_stride).encode().rjust(len(height))
-    changed = bundled[:at] + bundled[at:].replace(height, other, 1)
-    assert "tensor 'image'" in refusal(tmp_path / "a.tflite", changed)
+@pytest.mark.parametrize("index", range(4))
+def test_metadata_that_contradicts_the_network_is_refused(tmp_path, bundled, index):
+    def change(metadata):
+        metadata["sizes"][index]["height"] -= metadata["flow_stride"]
+        return metadata
+
+    path = with_metadata(tmp_path / "a.tflite", bundled, change)
+    assert "tensor 'image'" in refusal(path, path.read_bytes())
 
 
 def test_importing_the_package_is_light():

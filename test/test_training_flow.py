@@ -349,6 +349,11 @@ def test_training_options_that_cannot_work_are_refused(changes, reason):
         loop.TrainConfig(**changes)
 
 
+def test_a_run_goes_on_when_its_network_is_exported_for_other_sizes(tmp_path):
+    loop.write_config(tmp_path, loop.TrainConfig(), SINGLE)
+    loop.check_directory(tmp_path, dataclasses.replace(SINGLE, sizes=((32, 32),)))
+
+
 def test_a_directory_of_another_network_is_left_alone(tmp_path, single_point, capsys):
     other = dataclasses.replace(SINGLE, decoder=(8, 7))
     loop.write_config(tmp_path, loop.TrainConfig(), other)

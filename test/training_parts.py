@@ -40,11 +40,12 @@ SHALLOW = NetworkConfig(
     decoder=(8, 6),
 )
 
-#: The shipped networks' five levels, narrow.
+#: The shipped networks' five levels, narrow, for two sizes.
 DEEP = NetworkConfig(
     name="deep",
     height=64,
     width=96,
+    sizes=((64, 64),),
     pyramid=(4, 6, 8, 8, 12),
     extra_convs=(0, 1, 0, 0, 0),
     match_channels=8,

@@ -42,6 +42,7 @@ class Ablation:
 
     def __init__(self, options: argparse.Namespace, directory: Path):
         from qpwc_core.data.pipeline import validation_samples
+        from qpwc_core.geometry import choose_size
         from qpwc_core.quantization.pipeline import QuantizeConfig, calibration_images, find_weights
         from qpwc_core.training import loop
 
@@ -54,7 +55,10 @@ class Ablation:
             validation_textures=options.validation_textures,
             calibration_pairs=options.calibration_pairs,
         )
-        self.point = loop.network_config(options.network)
+        point = loop.network_config(options.network)
+        # All pairs are of one size, so one input is enough to export.
+        height, width = choose_size(*self.config.validation_size, point.input_sizes)
+        self.point = dataclasses.replace(point, height=height, width=width, sizes=())
         if options.context is not None:
             self.point = dataclasses.replace(self.point, context=tuple(filter(None, options.context)))
         self.weights = find_weights(self.config)

@@ -140,9 +140,9 @@ class Guest:
 
 
 def frames_for(info: ModelInfo, path: Path) -> None:
-    """Writes a rendered pair of the network's input size."""
+    """Writes a rendered pair of the network's default input size."""
     bank = procedural_bank(0)
-    scene = SceneConfig(height=info.height, width=info.width, motion=(8.0, 8.0))
+    scene = SceneConfig(height=info.sizes[0].height, width=info.sizes[0].width, motion=(8.0, 8.0))
     sample = render(sample_scene(np.random.default_rng(0), scene, bank), bank)
     np.savez(path, prev=sample.prev, next=sample.next)
 

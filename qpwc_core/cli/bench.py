@@ -44,9 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class _Contestant:
-    """Something that turns the next frame of a stream into flow, and how long it took each time."""
+    """Something that turns the next frame of a stream into flow, and how long it took each time.
+
+    Attributes:
+        input: Size of what is computed on, WIDTHxHEIGHT.
+    """
 
     name: str
+    input: str
     step: Callable[[np.ndarray], object]
     seconds: list[float] = field(default_factory=list)
 
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _contestants(args: argparse.Namespace) -> list[_Contestant]:
     contestants = []
+    width, height = args.size
     # A path names one file, of one precision; a bundled name has both, unless one is missing.
     for precision in PRECISIONS[:1] if args.model and args.model.endswith(".tflite") else PRECISIONS:
         try:
@@ -81,10 +87,10 @@ def _contestants(args: argparse.Namespace) -> list[_Contestant]:
                 continue
             raise
         estimator = common.load_estimator(args, precision)
-        contestants.append(
-            _Contestant(f"{estimator.info.name} {estimator.info.precision}", _streaming(estimator))
-        )
-    contestants.append(_Contestant(_REFERENCE, _dis()))
+        info = estimator.info
+        name, size = f"{info.name} {info.precision}", info.size_for(height, width)
+        contestants.append(_Contestant(name, str(size), _streaming(estimator)))
+    contestants.append(_Contestant(_REFERENCE, f"{width}x{height}", _dis()))
     return contestants
 
 
@@ -155,6 +161,7 @@ def _print(contestants: list[_Contestant], machine: dict[str, str], args: argpar
         rows.append(
             [
                 contestant.name,
+                contestant.input,
                 f"{1e3 * median:.1f}",
                 f"{1e3 * min(contestant.seconds):.1f}",
                 f"{1 / median:.1f}",
@@ -162,7 +169,7 @@ def _print(contestants: list[_Contestant], machine: dict[str, str], args: argpar
             ]
         )
     common.print_table(
-        rows, ["", "median ms", "best ms", "frames/s", *(f"/ {other.name}" for other in contestants)]
+        rows, ["", "input", "median ms", "best ms", "frames/s", *(f"/ {other.name}" for other in contestants)]
     )
 
 
@@ -175,6 +182,7 @@ def _as_json(contestants: list[_Contestant], machine: dict[str, str], args: argp
         "results": [
             {
                 "name": contestant.name,
+                "input": contestant.input,
                 "median_ms": 1e3 * statistics.median(contestant.seconds),
                 "best_ms": 1e3 * min(contestant.seconds),
                 "ratio_to": {other.name: _ratio(contestant, other) for other in contestants},

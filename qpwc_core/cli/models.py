@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
         row = [
             info.name + (" *" if _is_default(info) else ""),
             info.precision,
-            f"{info.width}x{info.height}",
+            " ".join(map(str, info.sizes)),
             f"{info.path.stat().st_size / 1e6:.2f}",
         ]
         rows.append(row + [_cell(info.figures.get(name)) for name in names])
-    common.print_table(rows, ["model", "precision", "input", "MB", *names])
+    common.print_table(rows, ["model", "precision", "inputs", "MB", *names])
     print("* used when no model is named")
     return 0
 
@@ -50,8 +50,7 @@ def _as_json(info: ModelInfo) -> dict[str, Any]:
         "precision": info.precision,
         "path": str(info.path),
         "bytes": info.path.stat().st_size,
-        "width": info.width,
-        "height": info.height,
+        "sizes": [{"width": size.width, "height": size.height} for size in info.sizes],
         "flow_stride": info.flow_stride,
         "default": _is_default(info),
         "figures": dict(info.figures),

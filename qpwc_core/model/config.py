@@ -13,7 +13,9 @@ class NetworkConfig:
 
     Attributes:
         name: the model's name, also its file name.
-        height, width: size of the exported network's input in pixels, multiples of the coarsest stride.
+        height, width: the exported network's default input in pixels, multiples of the coarsest stride.
+        sizes: (height, width) of further inputs that it is exported for, with the same weights. Which one an image
+            gets: ``qpwc_core.geometry.choose_size``.
         pyramid: channels of pyramid levels 1, 2, …; level l has stride 2**l.
         extra_convs: number of stride-1 3x3 convolutions after the strided one, per pyramid level.
         finest_level: the level of the final flow. Decoding starts at the last pyramid level.
@@ -36,6 +38,7 @@ class NetworkConfig:
     name: str = "qpwc_fast"
     height: int = 480
     width: int = 640
+    sizes: tuple[tuple[int, int], ...] = ()
     pyramid: tuple[int, ...] = (16, 24, 48, 64, 96)
     extra_convs: tuple[int, ...] = (0, 1, 1, 1, 1)
     finest_level: int = 3
@@ -51,6 +54,7 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         for field in ("pyramid", "extra_convs", "radii", "decoder", "finest_decoder", "context"):
             object.__setattr__(self, field, tuple(int(v) for v in getattr(self, field)))
+        object.__setattr__(self, "sizes", tuple((int(height), int(width)) for height, width in self.sizes))
         for field, least in (("pyramid", 1), ("extra_convs", 0), ("radii", 1), ("decoder", 1)):
             if min(getattr(self, field), default=0) < least:
                 raise ValueError(f"{field} needs numbers of at least {least}, got {getattr(self, field)}")
@@ -73,8 +77,16 @@ class NetworkConfig:
             raise ValueError(f"vote_gain must not be negative, got {self.vote_gain}")
         if min(self.context, default=1) < 1:
             raise ValueError(f"context needs positive numbers, or none, got {self.context}")
-        if self.height % self.stride or self.width % self.stride:
-            raise ValueError(f"{self.height}x{self.width} is not a multiple of the stride {self.stride}")
+        for height, width in self.input_sizes:
+            if height < 1 or width < 1 or height % self.stride or width % self.stride:
+                raise ValueError(f"{height}x{width} is not a multiple of the stride {self.stride}")
+        if len(set(self.input_sizes)) != len(self.input_sizes):
+            raise ValueError(f"sizes name one size twice: {self.input_sizes}")
+
+    @property
+    def input_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every input that the network is exported for, the default first."""
+        return ((self.height, self.width), *self.sizes)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -107,11 +119,15 @@ class NetworkConfig:
         return cls(**values)
 
 
+# For 16:9 cameras, and for 4:3 ones of fewer pixels; 360 and 240 are no multiples of 32.
+_FURTHER_SIZES = ((352, 640), (384, 512), (256, 320))
+
 OPERATING_POINTS: Mapping[str, NetworkConfig] = {
-    "qpwc_fast": NetworkConfig(context=(48, 48, 48, 48), vote_gain=30.0),
+    "qpwc_fast": NetworkConfig(sizes=_FURTHER_SIZES, context=(48, 48, 48, 48), vote_gain=30.0),
     # About two and a half times the work: wider, and one level more.
     "qpwc": NetworkConfig(
         name="qpwc",
+        sizes=_FURTHER_SIZES,
         pyramid=(24, 32, 64, 96, 128),
         finest_level=2,
         radii=(6, 4, 3, 2),

@@ -1,4 +1,4 @@
-"""Export of a trained network to one TFLite file with the signatures ``encode`` and ``match``."""
+"""Export of a trained network to one TFLite file with signatures ``encode`` and ``match`` for each input size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from qpwc_core.model.network import build_network, feature_layers
 from qpwc_core.quantization import flatbuffer
 from qpwc_core.quantization.calibration import range_variables
 from qpwc_core.quantization.configs import build_quantized_network
-
-FORMAT = 1
+from qpwc_core.runtime.metadata import METADATA_FORMAT
 
 #: Takes a converter and the name of the signature that it is about to convert.
 Prepare = Callable[[tf.lite.TFLiteConverter, str], None]
@@ -46,27 +45,16 @@ def _convert(
         return converter.convert()
 
 
-def export_network(
+def _signatures(
     config: NetworkConfig,
     weights: Path,
-    path: Path,
-    *,
+    size: tuple[int, int],
+    names: Mapping[str, str],
     quantized: bool,
-    figures: Mapping | None = None,
-    prepare: Prepare | None = None,
-) -> None:
-    """Writes the deployable model.
-
-    ``encode`` takes one frame (``image``, uint8 1xHxWx3 RGB) to its features, int8 in the quantized model;
-    ``match`` takes the features of two frames (``prev_*``, ``next_*``) to ``flow``, float32 1xH/sxW/sx2, in
-    pixels of the HxW frame, s being the finest level's stride.
-
-    Args:
-        weights: of ``build_network``, or of ``build_quantized_network`` if ``quantized``.
-        figures: measured figures to carry along in the metadata.
-        prepare: what else to set on the converter of each signature; for comparisons.
-    """
-    height, width = config.height, config.width
+    prepare: Prepare | None,
+) -> list[bytes]:
+    """The models of ``encode`` and ``match`` for one input size; ``names`` has their signatures' names."""
+    height, width = size
     build = build_quantized_network if quantized else build_network
     network = build(config, height, width, cost_form="slices")
     network.load_weights(weights)
@@ -106,23 +94,49 @@ def export_network(
     match_signature = tf.function(match_signature).get_concrete_function(
         **{name: tf.TensorSpec(shapes[name], tf.float32, name=name) for name in inputs}
     )
-    merged = flatbuffer.merge(
-        [
-            _convert(module, encode, "encode", quantized, tf.uint8, tf.int8, prepare),
-            _convert(module, match_signature, "match", quantized, tf.int8, tf.float32, prepare),
-        ]
-    )
+    return [
+        _convert(module, encode, names["encode"], quantized, tf.uint8, tf.int8, prepare),
+        _convert(module, match_signature, names["match"], quantized, tf.int8, tf.float32, prepare),
+    ]
+
+
+def export_network(
+    config: NetworkConfig,
+    weights: Path,
+    path: Path,
+    *,
+    quantized: bool,
+    figures: Mapping | None = None,
+    prepare: Prepare | None = None,
+) -> None:
+    """Writes the deployable model.
+
+    For every size HxW of ``config.input_sizes`` it has two signatures: ``encode`` takes one frame (``image``, uint8
+    1xHxWx3 RGB) to its features, int8 in the quantized model; ``match`` takes the features of two frames (``prev_*``,
+    ``next_*``) to ``flow``, float32 1xH/sxW/sx2, in pixels of the HxW frame, s being the finest level's stride. Those
+    of the default size have these names, the others' end in the size: ``encode_384x512``. Weights and ranges are the
+    same in all, and in the file once.
+
+    Args:
+        weights: of ``build_network``, or of ``build_quantized_network`` if ``quantized``.
+        figures: measured figures to carry along in the metadata.
+        prepare: what else to set on the converter of each signature; for comparisons.
+    """
+    models, sizes = [], []
+    for index, (height, width) in enumerate(config.input_sizes):
+        ending = f"_{height}x{width}" if index else ""
+        names = {key: f"{key}{ending}" for key in ("encode", "match")}
+        models += _signatures(config, weights, (height, width), names, quantized, prepare)
+        sizes.append({"height": height, "width": width, **names})
+    merged = flatbuffer.merge(models)
     flatbuffer.set_metadata(
         merged,
         {
-            "format": FORMAT,
+            "format": METADATA_FORMAT,
             "name": config.name,
             "precision": "int8" if quantized else "float32",
-            "height": height,
-            "width": width,
             "flow_stride": 2**config.finest_level,
-            "encode": "encode",
-            "match": "match",
+            "sizes": sizes,
             "figures": dict(figures or {}),
         },
     )

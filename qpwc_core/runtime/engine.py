@@ -125,7 +125,9 @@ class Engine:
                     resolver.AUTO if xnnpack else resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES
                 ),
             )
-            # Delegates are applied here; a signature runner made before would run without them.
+            # Delegates are applied here, to the graphs of all signatures; a signature runner made before would run
+            # without them. For a model of four input sizes instead of one this takes 10 to 20 ms and 5 to 9 MB more, too
+            # little to load them apart. The tensors of a signature get memory when it first runs, and keep it.
             self._interpreter.allocate_tensors()
             signatures = self._interpreter.get_signature_list()
             self._runners = {name: self._interpreter.get_signature_runner(name) for name in signatures}

@@ -15,7 +15,7 @@ from qpwc_core.images import as_rgb, as_rgb_pair
 from qpwc_core.machine import available_cores
 from qpwc_core.runtime import models
 from qpwc_core.runtime.engine import Delegate, Engine, TensorSpec
-from qpwc_core.runtime.models import ModelInfo
+from qpwc_core.runtime.models import InputSize, ModelInfo
 from qpwc_core.runtime.precision import choose
 
 _IMAGE = "image"
@@ -35,13 +35,16 @@ class Features:
     height: int
     width: int
     _arrays: Mapping[str, np.ndarray]
+    _size: InputSize
     _info: ModelInfo
 
 
 class FlowEstimator:
     """Estimates where each pixel of one image is seen in the next.
 
-    May be shared between threads; the network runs for one of them at a time.
+    Each image goes to the one of the model's input sizes that suits it best (`ModelInfo.size_for`); where it
+    is of another size, it is scaled there, and the flow back. May be shared between threads, with images of
+    different sizes too; the network runs for one of them at a time.
 
     Attributes:
       info: What the model says of itself.
@@ -61,7 +64,7 @@ class FlowEstimator:
         self.info = info
         self.threads = min(_DEFAULT_THREADS, available_cores()) if threads is None else threads
         self._engine = Engine(info.path, threads=self.threads, xnnpack=xnnpack, delegate=delegate)
-        self._match_inputs = _check_interface(info, self._engine)
+        self._match_inputs = {size: _check_interface(info, size, self._engine) for size in info.sizes}
 
     @classmethod
     def load(
@@ -104,7 +107,8 @@ class FlowEstimator:
         return make(choose(lambda candidate: make(candidate)._run_once))
 
     def _run_once(self) -> None:
-        blank = np.zeros((self.info.height, self.info.width, 3), np.uint8)
+        size = self.info.sizes[0]
+        blank = np.zeros((size.height, size.width, 3), np.uint8)
         features = self.encode(blank)
         self.match(features, features)
 
@@ -172,25 +176,26 @@ class FlowEstimator:
                 f"prev and next differ in size: {(prev.height, prev.width)} and {(next.height, next.width)}"
             )
         sides = {_PREV: prev._arrays, _NEXT: next._arrays}
-        inputs = {side + name: sides[side][name] for side, name in self._match_inputs}
-        flow = self._engine.run(self.info.match, inputs)[_FLOW][0]
-        return self._fit(prev.height, prev.width).to_image(flow)
+        inputs = {side + name: sides[side][name] for side, name in self._match_inputs[prev._size]}
+        flow = self._engine.run(prev._size.match, inputs)[_FLOW][0]
+        return self._fit(prev.height, prev.width, prev._size).to_image(flow)
 
     def _features(self, image: np.ndarray | Features, name: str) -> Features:
         if isinstance(image, Features):
             return image
         rgb = as_rgb(image, name)
         height, width = rgb.shape[:2]
-        net_image = self._fit(height, width).to_network(rgb)
-        arrays = self._engine.run(self.info.encode, {_IMAGE: net_image[None]})
-        return Features(height, width, arrays, self.info)
+        size = self.info.size_for(height, width)
+        net_image = self._fit(height, width, size).to_network(rgb)
+        arrays = self._engine.run(size.encode, {_IMAGE: net_image[None]})
+        return Features(height, width, arrays, size, self.info)
 
-    def _fit(self, height: int, width: int) -> NetworkFit:
-        return NetworkFit(height, width, self.info.height, self.info.width, self.info.flow_stride)
+    def _fit(self, height: int, width: int, size: InputSize) -> NetworkFit:
+        return NetworkFit(height, width, size.height, size.width, self.info.flow_stride)
 
 
-def _check_interface(info: ModelInfo, engine: Engine) -> list[tuple[str, str]]:
-    """Checks that the signatures are what the metadata promises and fit each other.
+def _check_interface(info: ModelInfo, size: InputSize, engine: Engine) -> list[tuple[str, str]]:
+    """Checks that a size's signatures are what the metadata promises and fit each other.
 
     Returns:
       The inputs of `match`, each as ("prev_" or "next_", name of an output of `encode`).
@@ -199,19 +204,19 @@ def _check_interface(info: ModelInfo, engine: Engine) -> list[tuple[str, str]]:
       ModelError: They do not.
     """
 
-    for signature in (info.encode, info.match):
+    for signature in (size.encode, size.match):
         if signature not in engine.signatures:
             raise ModelError(f"{info.path}: lacks the signature {signature!r}")
-    _require(info, engine.inputs(info.encode), _IMAGE, (1, info.height, info.width, 3), np.uint8)
-    grid = (info.height // info.flow_stride, info.width // info.flow_stride)
-    _require(info, engine.outputs(info.match), _FLOW, (1, *grid, 2), np.float32)
+    _require(info, engine.inputs(size.encode), _IMAGE, (1, size.height, size.width, 3), np.uint8)
+    grid = (size.height // info.flow_stride, size.width // info.flow_stride)
+    _require(info, engine.outputs(size.match), _FLOW, (1, *grid, 2), np.float32)
 
-    features = engine.outputs(info.encode)
+    features = engine.outputs(size.encode)
     wanted = []
-    for name, spec in engine.inputs(info.match).items():
+    for name, spec in engine.inputs(size.match).items():
         side, source = name[: len(_PREV)], name[len(_PREV) :]
         if side not in (_PREV, _NEXT) or source not in features:
-            raise ModelError(f"{info.path}: nothing in {info.encode!r} gives the input {name!r}")
+            raise ModelError(f"{info.path}: nothing in {size.encode!r} gives the input {name!r}")
         if features[source] != spec:
             raise ModelError(f"{info.path}: input {name!r} is {spec}, but it is given {features[source]}")
         wanted.append((side, source))

@@ -17,7 +17,8 @@ from typing import Any
 from qpwc_core.errors import ModelError
 
 METADATA_NAME = "qpwc"
-METADATA_FORMAT = 1
+#: 2: `sizes` lists the inputs. 1: there was one, its `height`, `width`, `encode` and `match` beside `name`.
+METADATA_FORMAT = 2
 
 _FILE_IDENTIFIER = b"TFL3"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qpwc_core.errors import ModelError
+from qpwc_core.geometry import choose_size
 from qpwc_core.runtime.metadata import METADATA_FORMAT, read_metadata
 
 PRECISIONS = ("int8", "float32")
@@ -24,6 +25,25 @@ _SHARED_MODELS = Path("share") / "qpwc_ros" / "models"
 
 
 @dataclass(frozen=True)
+class InputSize:
+    """One of the input sizes that a model file is made for.
+
+    Attributes:
+      height, width: In pixels.
+      encode: Name of the signature image → features.
+      match: Name of the signature features of two images → flow.
+    """
+
+    height: int
+    width: int
+    encode: str
+    match: str
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What a .tflite file of ours says of itself.
 
@@ -31,34 +51,26 @@ class ModelInfo:
       path: The file.
       name: Name of the network, such as "qpwc_fast".
       precision: "int8" or "float32".
-      height, width: Network input, in pixels.
       flow_stride: Pixels of the network input per cell of the flow grid.
-      encode: Name of the signature image → features.
-      match: Name of the signature features of two images → flow.
+      sizes: The network's inputs, the default first.
       figures: Measured results, as the exporter wrote them.
     """
 
     path: Path
     name: str
     precision: str
-    height: int
-    width: int
     flow_stride: int
-    encode: str
-    match: str
+    sizes: tuple[InputSize, ...]
     figures: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    def size_for(self, height: int, width: int) -> InputSize:
+        """The input that an image of this size, in pixels, is given to: see `geometry.choose_size`."""
+        sizes = {(size.height, size.width): size for size in self.sizes}
+        return sizes[choose_size(height, width, sizes)]
 
-_KEY_TYPES: dict[str, type] = {
-    "name": str,
-    "precision": str,
-    "height": int,
-    "width": int,
-    "flow_stride": int,
-    "encode": str,
-    "match": str,
-    "figures": dict,
-}
+
+_KEY_TYPES: dict[str, type] = {"name": str, "precision": str, "flow_stride": int, "sizes": list, "figures": dict}
+_SIZE_KEY_TYPES: dict[str, type] = {"height": int, "width": int, "encode": str, "match": str}
 
 
 def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
@@ -68,29 +80,44 @@ def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
       ModelError: The file is missing, damaged, or lacks our metadata or a part of it.
     """
     metadata = read_metadata(path)
-    if metadata.get("format") != METADATA_FORMAT:
+    version = metadata.get("format")
+    if version == 1:
+        metadata = {**metadata, "sizes": [metadata]}
+    elif version != METADATA_FORMAT:
+        raise ModelError(f"{path}: metadata format {version!r}, this program reads 1 to {METADATA_FORMAT}")
+    values = _values(path, metadata, _KEY_TYPES)
+    sizes = tuple(InputSize(**_values(path, size, _SIZE_KEY_TYPES)) for size in values.pop("sizes"))
+    info = ModelInfo(path=Path(path), sizes=sizes, **values)
+    if info.precision not in PRECISIONS:
         raise ModelError(
-            f"{path}: metadata format {metadata.get('format')!r}, this program reads {METADATA_FORMAT}"
+            f"{path}: its metadata has precision {info.precision!r}, expected {' or '.join(PRECISIONS)}"
         )
-    for key, kind in _KEY_TYPES.items():
+    if not sizes:
+        raise ModelError(f"{path}: its metadata has no sizes")
+    for size in sizes:
+        sides = (size.height, size.width)
+        if info.flow_stride < 1 or min(sides) < 1 or any(side % info.flow_stride for side in sides):
+            raise ModelError(
+                f"{path}: its metadata has an input of {size} pixels, which is no whole number of flow cells "
+                f"of {info.flow_stride}"
+            )
+    return info
+
+
+def _values(
+    path: str | os.PathLike[str], metadata: Any, types: Mapping[str, type]
+) -> dict[str, Any]:
+    """The values of these keys, each of its type."""
+    if not isinstance(metadata, dict):
+        raise ModelError(f"{path}: its metadata has {metadata!r} where an object should be")
+    for key, kind in types.items():
         if key not in metadata:
             raise ModelError(f"{path}: its metadata lacks {key!r}")
         if type(metadata[key]) is not kind:
             raise ModelError(
                 f"{path}: its metadata has {key!r} = {metadata[key]!r}, expected {kind.__name__}"
             )
-    info = ModelInfo(path=Path(path), **{key: metadata[key] for key in _KEY_TYPES})
-    if info.precision not in PRECISIONS:
-        raise ModelError(
-            f"{path}: its metadata has precision {info.precision!r}, expected {' or '.join(PRECISIONS)}"
-        )
-    sides = (info.height, info.width)
-    if info.flow_stride < 1 or min(sides) < 1 or any(side % info.flow_stride for side in sides):
-        raise ModelError(
-            f"{path}: its metadata has an input of {info.width}x{info.height} pixels, which is no whole "
-            f"number of flow cells of {info.flow_stride}"
-        )
-    return info
+    return {key: metadata[key] for key in types}
 
 
 def model_directories() -> list[Path]:

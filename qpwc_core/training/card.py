@@ -71,11 +71,12 @@ def model_card(recipe: Recipe, stage: Stage, records: Mapping[Stage, dict]) -> s
 def _summary(name: str) -> str:
     point = network_config(name)
     parameters = build_network(point, point.stride, point.stride).count_params()
+    sizes = " or ".join(f"{width}x{height}" for height, width in point.input_sizes)
     return (
         f"A PWC-Net for dense optical flow (`qpwc_core/model/network.py`, operating point `{name}`): {len(point.pyramid)} "
         f"pyramid levels, search radii {', '.join(map(str, point.radii))} from coarse to fine, flow at "
-        f"1/{2**point.finest_level} of a {point.width}x{point.height} input, {parameters:,} parameters. Files: int8, the "
-        "default, and the same network in float32."
+        f"1/{2**point.finest_level} of an input of {sizes} pixels, {parameters:,} parameters. Files: int8, the default, "
+        "and the same network in float32."
     )
 
 

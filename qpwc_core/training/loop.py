@@ -51,8 +51,8 @@ class TrainConfig:
         motion: range of the scenes' typical motion in pixels. Matching is learned from motion of several
             cells of a level, so the coarsest needs a good part of a hundred pixels, and crops that such motion
             does not leave; sub-pixel motion alone teaches a new network to predict none.
-        motion_limit: no layer's centre moves farther. A small picture is enlarged to the exported network's size, and
-            its motion with it: what is learned has to reach farther than the largest motion of interest.
+        motion_limit: no layer's centre moves farther. A picture is enlarged to the next of the exported network's
+            sizes, and its motion with it: what is learned has to reach farther than the largest motion of interest.
         initial: weights to start from, or None.
         initial_network, initial_radii, initial_context, initial_vote_gain: the operating point that these weights
             belong to, its search radii, its context network's channels (0: it has none) and its vote's gain (0: it has
@@ -340,7 +340,8 @@ def check_directory(directory: Path, network: NetworkConfig) -> None:
             before = NetworkConfig.from_mapping(json.loads(existing.read_text())["network"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{existing}: not the config of a training run ({error})") from error
-        if before != network:
+        # Weights are the same for every size of input.
+        if dataclasses.replace(before, sizes=()) != dataclasses.replace(network, sizes=()):
             raise ValueError(f"{directory} holds a run of a different network; choose another directory")
 
 

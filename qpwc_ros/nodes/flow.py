@@ -296,7 +296,7 @@ class FlowNode(Reporting, LifecycleNode):
         estimator = self._estimator_class(choice[0])(choice[1])
         estimator.warm_up()
         self._pipeline.estimator, self._loaded = estimator, choice
-        what = ", ".join(f"{key} {value}" for key, value in estimator.describe().items())
+        what = ", ".join(f"{key} {value}" for key, value in estimator.describe().items() if value)
         self.get_logger().info(f"estimator {choice[0]} loaded in {time.monotonic() - start:.2f} s: {what}")
 
     def _follow_estimator(self) -> None:
@@ -497,7 +497,7 @@ class FlowNode(Reporting, LifecycleNode):
     def _diagnostic_values(self) -> dict[str, str]:
         camera, estimator = self._camera, self._pipeline.estimator
         values = {"state": self.state, "estimator": self._parameter("estimator") if estimator else ""}
-        values.update({"model": "", "precision": "", "threads": ""})
+        values.update({"model": "", "precision": "", "network_input": "", "threads": ""})
         values.update(estimator.describe() if estimator else {})
         values["input"] = self._image_topic(camera[0]) if camera else ""
         values["image"] = self._pipeline.source

@@ -24,6 +24,7 @@ class TfliteEstimator(Estimator):
             threads=options["threads"] or None,
             delegate=_delegate(options),
         )
+        self._input = ""  # which of the network's input sizes the last image went to
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
@@ -33,14 +34,24 @@ class TfliteEstimator(Estimator):
         _delegate(options)
 
     def encode(self, image: np.ndarray) -> Any:
+        self._input = str(self._estimator.info.size_for(*image.shape[:2]))
         return self._estimator.encode(image)
 
     def match(self, prev: Any, next: Any) -> np.ndarray:
         return self._estimator.match(prev, next)
 
+    def warm_up(self) -> None:
+        super().warm_up()
+        self._input = ""
+
     def describe(self) -> dict[str, str]:
         info = self._estimator.info
-        return {"model": info.name, "precision": info.precision, "threads": str(self._estimator.threads)}
+        return {
+            "model": info.name,
+            "precision": info.precision,
+            "network_input": self._input,
+            "threads": str(self._estimator.threads),
+        }
 
 
 def _delegate(options: Mapping[str, Any]) -> Any:
