@@ -13,6 +13,7 @@ from qpwc_core.model.network import build_network
 from qpwc_core.quantization import flatbuffer, parity
 from qpwc_core.quantization.calibration import calibrate
 from qpwc_core.quantization.configs import build_quantized_network, load_float_weights
+from qpwc_core.quantization.distillation import DistilledTrainer
 from qpwc_core.quantization.equalization import equalize
 from qpwc_core.quantization.export import export_network
 from qpwc_core.training import loop
@@ -35,7 +36,9 @@ class QuantizeConfig:
         equalize: 1: rescale the encoder's channels to equal ranges first, which changes nothing in float; 0: do not.
         steps: optimization steps of quantization-aware fine-tuning; 0 leaves it at calibration.
         learning_rate: its peak.
-        height, width, batch: its crops. motion: as in training.
+        teacher_share: how much of its loss is the distance to the float network's flow, 0 to 1, see
+            ``distillation.DistilledTrainer``.
+        height, width, batch: its crops. motion, occluded_weight: as in training.
         validation_size, validation_count: the synthetic pairs of the report.
     """
 
@@ -49,15 +52,21 @@ class QuantizeConfig:
     equalize: int = 0
     steps: int = 400
     learning_rate: float = 5e-5
+    teacher_share: float = 0.0
     height: int = 192
     width: int = 256
     batch: int = 8
     motion: tuple[float, float] = (1.0, 90.0)
+    occluded_weight: float = 0.15
     epoch_steps: int = 100
     seed: int = 3
     validation_size: tuple[int, int] = (384, 512)
     validation_count: int = 64
     workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.teacher_share <= 1:
+            raise ValueError(f"teacher_share must lie between 0 and 1, got {self.teacher_share}")
 
     def training(self) -> loop.TrainConfig:
         return loop.TrainConfig(
@@ -73,6 +82,7 @@ class QuantizeConfig:
             textures=self.textures,
             validation_textures=self.validation_textures,
             motion=self.motion,
+            occluded_weight=self.occluded_weight,
             validation_size=self.validation_size,
             validation_count=min(self.validation_count, 16),
             workers=self.workers,
@@ -133,9 +143,13 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
     if config.steps:
         quantized = build_quantized_network(point, config.height, config.width, batch=config.batch)
         quantized.load_weights(calibrated)
-        best = loop.fit(
-            FlowTrainer(quantized), point, config.training(), directory, build=build_quantized_network
-        )
+        if config.teacher_share:
+            teacher = build_network(point, config.height, config.width, batch=config.batch)
+            teacher.load_weights(weights)
+            trainer = DistilledTrainer(quantized, teacher, config.teacher_share)
+        else:
+            trainer = FlowTrainer(quantized)
+        best = loop.fit(trainer, point, config.training(), directory, build=build_quantized_network)
 
     paths = {precision: directory / f"{config.network}_{precision}.tflite" for precision in ("int8", "float32")}
     export_network(point, best, paths["int8"], quantized=True)

@@ -83,6 +83,19 @@ class LossScale(tf.Module):
         ]
 
 
+def output_within(network: keras.Model, name: str):
+    """What a layer gives in this network.
+
+    ``layer.output`` is what it gave first, which in a quantized network, whose float layers are those of the network
+    that it was made from, belongs to that one.
+    """
+    layer = network.get_layer(name)
+    for index in range(len(layer._inbound_nodes)):
+        if f"{name}_ib-{index}" in network._network_nodes:
+            return layer.get_output_at(index)
+    raise ValueError(f"layer {name} has no place in {network.name}")
+
+
 class FlowTrainer(keras.Model):
     """Supervised training of a flow network.
 
@@ -120,7 +133,7 @@ class FlowTrainer(keras.Model):
         self._levels = sorted(int(name.rsplit("_", 1)[1]) for name in network.output)
         watched = {f"cost_{level}" for level in self._levels} | {f"flow_up_{level}" for level in self._levels[:-1]}
         self._watched = keras.Model(
-            network.input, {**network.output, **{name: network.get_layer(name).output for name in watched}}
+            network.input, {**network.output, **{name: output_within(network, name) for name in watched}}
         )
         self.clip_norm = clip_norm
         self.loss_exponent = loss_exponent
@@ -167,7 +180,12 @@ class FlowTrainer(keras.Model):
             matching += matching_loss(tf.cast(tensors[f"cost_{level}"], tf.float32), residual, valid)
         zero = masked_mean(endpoint_error(tf.zeros_like(batch["flow"]), batch["flow"]), batch["valid"])
         loss += self.matching_weight * matching
+        loss = self._with_further_losses(loss, images, flows)
         return {"loss": loss, "epe": error, "zero_flow": zero, "matching": matching}
+
+    def _with_further_losses(self, loss: tf.Tensor, images: tf.Tensor, flows: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """For kinds of training that want more of the network than the right flow."""
+        return loss
 
     def _gradients(self, batch: Mapping[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], list[tf.Tensor]]:
         """Losses, and the gradients of their sum in the order of the network's trainable variables."""
