@@ -60,7 +60,7 @@ def test_losses_equal_tensorflow_and_weights_return(config, bundle_directory, tm
     for index in range(3):
         batch = random_batch(config, index)
         expected = step({name: tf.constant(value) for name, value in batch.items()})
-        got = here.step(batch)
+        got = here.step(batch, index)
         assert set(got) == set(expected)
         for name in ("loss", "epe", "matching"):
             np.testing.assert_allclose(float(np.asarray(got[name])), float(expected[name]), rtol=1e-4)
@@ -77,7 +77,7 @@ def test_losses_equal_tensorflow_and_weights_return(config, bundle_directory, tm
     assert resumed.steps == 3
     batch = random_batch(config, 9)
     np.testing.assert_allclose(
-        float(np.asarray(resumed.step(batch)["loss"])), float(np.asarray(here.step(batch)["loss"])), rtol=1e-5
+        float(np.asarray(resumed.step(batch, 3)["loss"])), float(np.asarray(here.step(batch, 3)["loss"])), rtol=1e-5
     )
 
 
@@ -87,7 +87,7 @@ def test_batch_of_another_shape_is_refused(config, bundle_directory):
     batch = random_batch(config, 0)
     batch["flow"] = batch["flow"][:, :-1]
     with pytest.raises(ValueError, match="flow"):
-        Bundle(bundle_directory).step(batch)
+        Bundle(bundle_directory).step(batch, 0)
 
 
 def test_program_runs_resumes_and_needs_no_tensorflow(bundle_directory, tmp_path):
@@ -123,6 +123,89 @@ def test_program_runs_resumes_and_needs_no_tensorflow(bundle_directory, tmp_path
     before = [v.numpy() for v in network.trainable_variables]
     bundle.load_weights(bundle_directory, output / "state.npz", network)
     assert any(np.abs(a - b.numpy()).max() > 0 for a, b in zip(before, network.trainable_variables))
+
+
+def test_a_step_has_only_what_every_backend_takes(bundle_directory):
+    from qpwc_core.training.bundle import plain_stablehlo
+
+    assert "mhlo.copy" not in (bundle_directory / "step.stablehlo").read_text()
+    line = "    %4944 = mhlo.copy %4943 : tensor<3x3x3x16xf32> loc(#loc1961)"
+    wanted = "    %4944 = stablehlo.reshape %4943 : (tensor<3x3x3x16xf32>) -> tensor<3x3x3x16xf32> loc(#loc1961)"
+    assert plain_stablehlo(line) == wanted
+
+
+def test_several_bundles_see_the_same_batches_and_follow_the_time(config, bundle_directory, tmp_path):
+    import itertools
+
+    from qpwc_core.model.network import build_network
+    from qpwc_core.training import bundle, loop
+    from qpwc_core.training.bundle_runner import Bundle, RunLimits, run
+
+    bundles = {name: Bundle(bundle_directory) for name in ("one", "two")}
+    batches = (random_batch(config, index) for index in itertools.count())
+    limits = RunLimits(minutes=0.1, schedule="minutes", report_steps=1, keep_averages=True)
+    paths = run(bundles, batches, tmp_path, limits, report=lambda line: None)
+    assert paths == [tmp_path / name / "state.npz" for name in ("one", "two")]
+    # The same start and the same batches: the same end.
+    one, two = (dict(np.load(path)) for path in paths)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    steps = bundles["one"].steps
+    assert steps > 1
+    description = json.loads((bundle_directory / "bundle.json").read_text())
+    # A step adds 1 to where it was told it is; the last one was near the schedule's end, whatever its number.
+    assert config.steps * 0.5 < one[description["position"]] <= config.steps + 1.5
+    network = build_network(loop.network_config(config.network), 64, 64)
+    bundle.load_weights(bundle_directory, tmp_path / "one" / f"averages_{steps}.npz", network)
+    for name, variable in zip(description["averages"], network.trainable_variables):
+        np.testing.assert_array_equal(variable.numpy(), one[name])
+
+
+def test_bundles_that_differ_do_not_run_together(config, bundle_directory, tmp_path):
+    from qpwc_core.training.bundle_runner import Bundle, RunLimits, run
+
+    ahead, behind = Bundle(bundle_directory), Bundle(bundle_directory)
+    ahead.step(random_batch(config, 0), 0)
+    with pytest.raises(ValueError, match="equally many steps"):
+        run({"a": ahead, "b": behind}, iter([]), tmp_path, RunLimits(steps=3))
+
+
+@pytest.mark.parametrize("options", [{"schedule": "minutes"}, {"schedule": "days"}])
+def test_limits_that_make_no_sense_are_refused(options):
+    from qpwc_core.training.bundle_runner import RunLimits
+
+    with pytest.raises(ValueError, match="schedule"):
+        RunLimits(**options)
+
+
+def test_program_draws_from_a_pool(config, tmp_path):
+    """Two bundles, samples from worker processes through shared memory, a pool on the device."""
+    from qpwc_core.training import bundle
+
+    for name in ("a", "b"):
+        bundle.export_step(config, tmp_path / name)
+    command = [sys.executable, ROOT / "training" / "run_bundle.py", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out"]
+    options = ["--steps", "2", "--workers", "1", "--pool", "64", "--pool-margin", "32", "--report-steps", "1"]
+    done = subprocess.run(
+        [*map(str, command), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 2:" in done.stdout and "64 samples" in done.stdout
+    for name in ("a", "b"):
+        rows = (tmp_path / "out" / name / "log.csv").read_text().strip().splitlines()
+        assert [row.split(",")[0] for row in rows] == ["step", "1", "2"]
+
+
+def test_a_checkpoint_of_something_else_is_refused(bundle_directory, tmp_path):
+    from qpwc_core.training.bundle_runner import steps_done
+
+    assert steps_done(bundle_directory, tmp_path / "missing.npz") == 0
+    (tmp_path / "state.npz").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match="not a state of this bundle"):
+        steps_done(bundle_directory, tmp_path / "state.npz")
 
 
 def test_not_a_bundle(tmp_path):

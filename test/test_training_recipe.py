@@ -414,10 +414,3 @@ def test_a_shipped_recipe_can_work(path, capsys):
     assert [stage.kind for stage in recipe.stages][-3:] == ["quantize", "evaluate", "card"]
     assert program("recipe").main([str(path), "--check"]) == 0
     assert f"out/recipes/{path.stem}/01_train: TrainConfig(" in capsys.readouterr().out
-
-
-def test_the_finer_network_starts_from_the_faster_one():
-    recipe = read_recipe(REPOSITORY / "config" / "recipes" / "qpwc.yaml")
-    (grown,) = (s.config for s in recipe.stages if s.kind == "train" and s.config.only_fresh)
-    assert (grown.network, grown.initial_network) == ("qpwc", "qpwc_fast")
-    assert grown.initial == "out/recipes/qpwc/03_train/best.weights.h5"

@@ -121,6 +121,7 @@ def _batches(args: argparse.Namespace, pipeline, seed: int):
     with sample_chunks(dataclasses.replace(pipeline, scene=larger), seed, args.workers, _CHUNK) as chunks:
         with pooled_batches(pool, chunks, min(_FIRST, pool.capacity)) as batches:
             yield batches
+            print(f"{pool.added} samples were rendered, {pool.drawn} drawn")
 
 
 if __name__ == "__main__":

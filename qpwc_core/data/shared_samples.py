@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import multiprocessing
+import os
 import queue
 import signal
-from pathlib import Path
 from typing import Iterator
 
 import numpy as np
@@ -23,6 +22,7 @@ Chunk = dict[str, np.ndarray]
 _SLOTS_PER_WORKER = 8
 #: Seconds after which a silent worker is looked after.
 _PATIENCE = 5.0
+_NICENESS = 10
 _LARGEST_HALF = 60_000.0
 
 
@@ -79,6 +79,8 @@ def _work(config: PipelineConfig, seed: int, slots: _Slots, free, filled) -> Non
 
     # Ctrl-C reaches the whole process group; the parent alone decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent queues the device's work from one thread, which must not wait for a processor.
+    os.nice(_NICENESS)
     cv2.setNumThreads(1)
     arrays = slots.arrays()
     try:

@@ -25,6 +25,10 @@ TIES = (
 )
 
 
+#: Layers whose range the strongest edges of a picture set, so that low contrast is left with a few steps.
+FINE_LEVELS = re.compile(r"encoder_[12]_.*")
+
+
 def range_variables(quantized: keras.Model) -> dict[str, tf.Variable]:
     """Every activation range of a quantized network: "layer" for outputs, "layer/tensor" for inner ones."""
     ranges = {}
@@ -124,6 +128,7 @@ def calibrate(
     images: Iterable[np.ndarray],
     percentile: float = 99.995,
     method: str = "percentile",
+    fine_range: float = 1.0,
 ) -> None:
     """Sets every range of a quantized network that holds float weights.
 
@@ -132,6 +137,8 @@ def calibrate(
         percentile: share of a tensor's values that its range covers, per batch; the widest batch counts.
         method: "percentile"; "min-max", which is its limit; or "mse", the range with the least mean squared error
             of the rounded tensor.
+        fine_range: share of their measured range that the encoder's finest levels keep, see ``FINE_LEVELS``; what is
+            above it is cut off. 1: all of it.
 
     Raises:
         ValueError: unknown method, or a tensor with a range was never seen (the network needs the "slices" cost
@@ -151,6 +158,7 @@ def calibrate(
         if fixed:
             variable.assign(fixed[0])
         elif source in observation.seen:
-            variable.assign(observation.range_of(source))
+            share = fine_range if FINE_LEVELS.fullmatch(name) else 1.0
+            variable.assign(share * np.array(observation.range_of(source)))
         else:
             raise ValueError(f"no activations seen for {source}; calibrate in the 'slices' cost form")

@@ -34,6 +34,7 @@ class QuantizeConfig:
         method: how ranges are chosen, see ``calibration.METHODS``. percentile: share of an activation's values that its
             range covers.
         equalize: 1: rescale the encoder's channels to equal ranges first, which changes nothing in float; 0: do not.
+        fine_range: see ``calibration.calibrate``; below 1 only with fine-tuning, which gets the network used to it.
         steps: optimization steps of quantization-aware fine-tuning; 0 leaves it at calibration.
         learning_rate: its peak.
         teacher_share: how much of its loss is the distance to the float network's flow, 0 to 1, see
@@ -50,6 +51,7 @@ class QuantizeConfig:
     method: str = "percentile"
     percentile: float = 99.995
     equalize: int = 0
+    fine_range: float = 1.0
     steps: int = 400
     learning_rate: float = 5e-5
     teacher_share: float = 0.0
@@ -65,6 +67,8 @@ class QuantizeConfig:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        if not 0 < self.fine_range <= 1:
+            raise ValueError(f"fine_range must be above 0 and at most 1, got {self.fine_range}")
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must lie between 0 and 1, got {self.teacher_share}")
 
@@ -136,7 +140,7 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
             equalize(network, images)
         measured = build_quantized_network(point, config.height, config.width, cost_form="slices")
         load_float_weights(measured, network)
-        calibrate(measured, images, config.percentile, config.method)
+        calibrate(measured, images, config.percentile, config.method, config.fine_range)
         loop.save_weights(measured, calibrated)
 
     best = calibrated

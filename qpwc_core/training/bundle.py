@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -88,11 +89,19 @@ def export_step(config: TrainConfig, directory: Path) -> None:
         "pipeline": dataclasses.asdict(config.pipeline()),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "step.stablehlo").write_text(text)
+    (directory / "step.stablehlo").write_text(plain_stablehlo(text))
     np.savez_compressed(directory / "state.npz", **{names[id(v)]: v.numpy() for v in variables})
     if config.textures:
         shutil.copyfile(config.textures, directory / "textures.npz")
     (directory / "bundle.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def plain_stablehlo(text: str) -> str:
+    """A step's text without ``mhlo.copy``, which TensorFlow writes before results and only some backends take.
+
+    A reshape to the same shape is the same.
+    """
+    return re.sub(r"mhlo\.copy (%[\w#]+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
 
 
 def load_weights(directory: Path, state: Path, network: keras.Model, *, averaged: bool = True) -> None:

@@ -23,6 +23,9 @@ class DevicePool:
 
     May be filled by one thread and drawn from by another.
 
+    Attributes:
+        drawn: samples drawn so far.
+
     Args:
         capacity: samples it holds at most, rounded down to whole chunks and slabs.
         chunk: samples per :meth:`add`.
@@ -54,6 +57,7 @@ class DevicePool:
         )
         self._slabs = [zeros() for _ in range(slabs)]
         self._added = 0
+        self.drawn = 0
         self._rng = np.random.default_rng(seed)
         self._lock = threading.Lock()
         self._jax = jax
@@ -89,6 +93,7 @@ class DevicePool:
         with self._lock:
             if not self._added:
                 raise ValueError("the pool is empty")
+            self.drawn += self._batch
             index = int(rng.integers(min(self._added, len(self._slabs))))
             turns = -(-(self._added - index) // len(self._slabs))
             filled = min(turns, self._chunks_per_slab) * self._chunk
