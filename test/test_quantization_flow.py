@@ -26,8 +26,11 @@ from qpwc_core.quantization import flatbuffer
 from qpwc_core.quantization.bisection import tensor_of
 from qpwc_core.quantization.calibration import calibrate, range_variables
 from qpwc_core.quantization.configs import build_quantized_network, load_float_weights, wrapped
+from qpwc_core.quantization.distillation import DistilledTrainer, teacher_loss
 from qpwc_core.quantization.pipeline import QuantizeConfig, find_weights, quantize
 from qpwc_core.runtime.metadata import read_metadata
+from qpwc_core.training.loop import TrainConfig
+from qpwc_core.training.trainer import prepare_optimizer
 
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
 
@@ -178,6 +181,51 @@ def test_gradients_reach_every_weight_through_the_rounding(shallow):
         assert np.abs(gradient.numpy()).max() > 0, variable.name
 
 
+def test_fine_tuning_towards_the_float_network(shallow):
+    """The distance to its flow falls, and its own weights stay."""
+    network, calibrated = shallow
+    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    quantized.set_weights(calibrated.get_weights())
+    trainer = DistilledTrainer(quantized, network, 1.0)
+    prepare_optimizer(trainer, TrainConfig(steps=40, warmup=1, learning_rate=1e-3, weight_decay=0.0), jit_compile=False)
+    images = pairs(2, SHALLOW.height, SHALLOW.width)
+    shape = (2, SHALLOW.height, SHALLOW.width)
+    batch = {
+        "prev": tf.constant(images[:2]),
+        "next": tf.constant(images[2:]),
+        "flow": tf.zeros((*shape, 2)),  # with a share of 1 what is said to be true has no say
+        "valid": tf.ones((*shape, 1)),
+    }
+    before = network.get_weights()
+    update = tf.function(trainer.update)
+    losses = [float(update(batch)["loss"]) for _ in range(30)]
+    wanted = network(normalize(tf.constant(images)), training=False)
+    with_rounding = calibrated(normalize(tf.constant(images)), training=False)
+    assert losses[0] == pytest.approx(float(teacher_loss(with_rounding, wanted)), rel=1e-3)
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
+    for old, new in zip(before, network.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_the_finest_levels_keep_a_share_of_their_range(shallow):
+    network, calibrated = shallow
+    cut = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    load_float_weights(cut, network)
+    calibrate(cut, [pairs(4, SHALLOW.height, SHALLOW.width)], fine_range=0.5)
+    whole = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    load_float_weights(whole, network)
+    calibrate(whole, [pairs(4, SHALLOW.height, SHALLOW.width)])
+    for name, variable in range_variables(whole).items():
+        share = 0.5 if name.startswith(("encoder_1_", "encoder_2_")) else 1.0
+        np.testing.assert_allclose(range_variables(cut)[name].numpy(), share * variable.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"teacher_share": 1.5}, {"fine_range": 0.0}])
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        QuantizeConfig(**options)
+
+
 # --- The exported files ----------------------------------------------------------------------------------
 
 
@@ -305,12 +353,14 @@ def test_metadata_is_what_the_runtime_reads(exported, precision):
     assert figures["EPE zero flow"] == pytest.approx(parity["zero_flow"], abs=1e-3)
 
 
-def flow_convolutions(config: NetworkConfig) -> set[str]:
-    """Layers whose output is added to the flow."""
-    return {f"flow_step_{level}" for level in config.levels} | {f"flow_context_{config.levels[0]}"}
+def float_convolutions(config: NetworkConfig) -> set[str]:
+    """Layers whose output is added to the flow, and the coarsest level's context network."""
+    coarsest = config.levels[0]
+    context = {f"context_{coarsest}_conv{index}" for index in range(len(config.context))}
+    return {f"flow_step_{level}" for level in config.levels} | {f"flow_context_{coarsest}"} | context
 
 
-def test_all_convolutions_are_int8_but_those_of_the_flow(exported):
+def test_all_convolutions_are_int8_but_those_of_the_flow_and_its_context(exported):
     model = exported.model("int8")
     kinds: dict[str, list[str]] = {"INT8": [], "FLOAT32": []}
     for subgraph in model.subgraphs:
@@ -320,11 +370,11 @@ def test_all_convolutions_are_int8_but_those_of_the_flow(exported):
                 assert TYPES[inputs[0].type] == kind
                 assert TYPES[inputs[1].type] == kind  # no hybrid kernels
                 kinds[kind].append(outputs[0].name.decode())
-    assert {tensor_of(name).partition("/")[0] for name in kinds["FLOAT32"]} == flow_convolutions(DEEP)
-    assert len(kinds["FLOAT32"]) == len(flow_convolutions(DEEP)) * len(SIGNATURES)
+    assert {tensor_of(name).partition("/")[0] for name in kinds["FLOAT32"]} == float_convolutions(DEEP)
+    assert len(kinds["FLOAT32"]) == len(float_convolutions(DEEP)) * len(SIGNATURES)
     convolutions = sum(isinstance(layer, keras.layers.Conv2D) for layer in exported.network.layers)
     summed = sum(2 * radius + 1 for radius in DEEP.radii)  # the cost volumes' sums over channels
-    assert len(kinds["INT8"]) == (convolutions - len(flow_convolutions(DEEP)) + summed) * len(SIGNATURES)
+    assert len(kinds["INT8"]) == (convolutions - len(float_convolutions(DEEP)) + summed) * len(SIGNATURES)
 
 
 #: Every float tensor that the int8 file may have, by name, and the most channels it may have: (pattern, channels).
@@ -333,11 +383,10 @@ ALLOWED_FLOATS = {
     "the flow in pixels of the image": (r"StatefulPartitionedCall:0", 2),
     "the flow for the decoder, before it is rounded": (r"flow_input_\d/(clip_by_value|mul)(/.*)?", 2),
     "coordinates and bilinear weights": (r"warp_\d/(add|Maximum|Minimum|Floor|sub|strided_slice|mul|Const)(_\d+)?", 2),
-    "factors on the flow": (r"(arith\.constant\d*|mul/y)", 2),
-    "kernels of the flow's convolutions": (r"flow_(step|context)_\d/Conv2D", 64),
-    "what the flow's convolutions read": (
-        rf"(decoder_\d_act{len(DEEP.decoder) - 2}|context_\d_act{len(DEEP.context) - 1})/FakeQuantWithMinMaxVars", 64
-    ),
+    "factors on the flow, biases": (r"(arith\.constant\d*|mul/y)", max(DEEP.context)),
+    "kernels of the flow's convolutions": (r"(flow_(step|context)_\d|context_\d_conv\d)/Conv2D", 64),
+    "the context network, on the coarsest grid": (r"context_5_(conv\d/(Conv2D1|BiasAdd)|act\d/LeakyRelu)", 64),
+    "what these convolutions read": (rf"decoder_\d_act{len(DEEP.decoder) - 2}/FakeQuantWithMinMaxVars", 64),
 }
 
 
@@ -393,18 +442,24 @@ def test_encoding_has_no_float_tensor_at_all(exported, size):
 
 
 @pytest.mark.parametrize("size", SIGNATURES)
-def test_wide_float_tensors_are_only_what_the_flow_convolutions_read(exported, size):
-    """And each is made by a single step from int8."""
+def test_wide_float_tensors_are_only_what_float_convolutions_read(exported, size):
+    """Each is made by a single step from int8, but for those inside of the context network."""
     model = exported.model("int8")
-    read_by_flow, wide = set(), set()
+    read, wide, made_from_int8 = set(), set(), 0
     for name, inputs, outputs in operators(model, subgraph_of(model, SIGNATURES[size][1])):
         if name == "CONV_2D" and TYPES[outputs[0].type] == "FLOAT32":
-            read_by_flow.add(inputs[0].name)
+            read.add(inputs[0].name)
         for tensor in outputs:
-            if TYPES[tensor.type] == "FLOAT32" and tensor.shape[-1] > 2:
-                assert name == "DEQUANTIZE", (name, tensor.name)
+            if TYPES[tensor.type] != "FLOAT32" or tensor.shape[-1] <= 2:
+                continue
+            if name == "DEQUANTIZE":
+                made_from_int8 += 1
+            else:
+                assert tensor_of(tensor.name.decode()).startswith("context_5_"), (name, tensor.name)
+            if name != "CONV_2D":  # its leaky unit's output is what the next one reads
                 wide.add(tensor.name)
-    assert wide == read_by_flow and len(wide) == len(flow_convolutions(DEEP))
+    assert wide == read
+    assert made_from_int8 == len(DEEP.levels)
 
 
 @pytest.mark.parametrize("size", SIGNATURES)

@@ -143,7 +143,7 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
         calibrate(measured, images, config.percentile, config.method, config.fine_range)
         loop.save_weights(measured, calibrated)
 
-    best = calibrated
+    tuned = calibrated
     if config.steps:
         quantized = build_quantized_network(point, config.height, config.width, batch=config.batch)
         quantized.load_weights(calibrated)
@@ -153,10 +153,12 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
             trainer = DistilledTrainer(quantized, teacher, config.teacher_share)
         else:
             trainer = FlowTrainer(quantized)
-        best = loop.fit(trainer, point, config.training(), directory, build=build_quantized_network)
+        loop.fit(trainer, point, config.training(), directory, build=build_quantized_network)
+        # Not the best of its validations: what fine-tuning changes is less than what sixteen pairs can tell.
+        tuned = directory / "last.weights.h5"
 
     paths = {precision: directory / f"{config.network}_{precision}.tflite" for precision in ("int8", "float32")}
-    export_network(point, best, paths["int8"], quantized=True)
+    export_network(point, tuned, paths["int8"], quantized=True)
     export_network(point, weights, paths["float32"], quantized=False)
     samples = validation_samples(*config.validation_size, config.validation_count, config.validation_textures)
     result = parity.compare(paths["float32"], paths["int8"], samples)
