@@ -1,9 +1,15 @@
-"""The exported training step: the same numbers in JAX's runtime as in TensorFlow, and weights that come back."""
+"""The exported training step: the same numbers in JAX's runtime as in TensorFlow, runs of it, weights that come back."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import itertools
 import json
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,30 +20,73 @@ import pytest
 pytest.importorskip("tensorflow", reason="TensorFlow (the train extra) is not installed")
 pytest.importorskip("jax", reason="jax is not installed")
 
+from training_parts import SHALLOW, SINGLE, tf
+
+from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.network import build_network
+from qpwc_core.training import bundle, loop
+from qpwc_core.training.bundle_runner import CHECKPOINT, Bundle, RunLimits, read_description, run, steps_done
+from qpwc_core.training.loop import TrainConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 
+# Small steps: Adam divides by the gradient's size, so where a gradient is nothing but rounding, which two compilers do
+# differently, it moves a weight by a whole learning rate in either direction.
+CONFIG = TrainConfig(
+    network="shallow", height=64, width=96, batch=2, steps=6, warmup=2, learning_rate=2e-6, endpoint_share=0.5
+)
+#: Compiles in half the time.
+SINGLE_CONFIG = dataclasses.replace(CONFIG, network="single", learning_rate=1e-3)
+
+# Most of the time is compiling; a busy machine takes several times as long.
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_points():
+    """Small operating points beside the shipped ones, and few pictures to start from."""
+    with pytest.MonkeyPatch.context() as patch:
+        for point in (SHALLOW, SINGLE):
+            patch.setitem(OPERATING_POINTS, point.name, point)
+        patch.setattr(loop, "FRESH_PAIRS", 4)
+        yield
+
 
 @pytest.fixture(scope="module")
-def config():
-    from qpwc_core.training.loop import TrainConfig
-
-    # Small steps: Adam divides by the gradient's size, so where a gradient is nothing but rounding, which two compilers
-    # do differently, it moves a weight by a whole learning rate in either direction.
-    return TrainConfig(height=64, width=96, batch=2, steps=6, warmup=2, learning_rate=2e-6)
-
-
-@pytest.fixture(scope="module")
-def bundle_directory(config, tmp_path_factory) -> Path:
-    from qpwc_core.training import bundle
-
+def directory(tmp_path_factory, small_points) -> Path:
     directory = tmp_path_factory.mktemp("bundle")
-    bundle.export_step(config, directory)
+    bundle.export_step(CONFIG, directory)
     return directory
 
 
-def random_batch(config, seed: int) -> dict[str, np.ndarray]:
+@pytest.fixture(scope="module")
+def compiled(directory) -> Bundle:
+    return Bundle(directory)
+
+
+@pytest.fixture()
+def fresh(directory, compiled):
+    """Makes bundles at their first step, which is compiled once for all tests."""
+
+    def make(state: Path | None = None) -> Bundle:
+        one = copy.copy(compiled)
+        one.load(state or directory / CHECKPOINT)
+        return one
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def other_directory(tmp_path_factory, directory) -> Path:
+    """A bundle of a smaller network; the names of its variables are among those of ``directory``'s."""
+    other = tmp_path_factory.mktemp("other")
+    bundle.export_step(SINGLE_CONFIG, other)
+    return other
+
+
+def random_batch(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    shape = (config.batch, config.height, config.width)
+    shape = (CONFIG.batch, CONFIG.height, CONFIG.width)
     prev = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     return {
         "prev": prev,
@@ -47,174 +96,310 @@ def random_batch(config, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_losses_equal_tensorflow_and_weights_return(config, bundle_directory, tmp_path):
-    import tensorflow as tf
+def random_batches():
+    return map(random_batch, itertools.count())
 
-    from qpwc_core.model.network import build_network
-    from qpwc_core.training import bundle, loop
-    from qpwc_core.training.bundle_runner import Bundle
 
-    trainer = bundle.make_trainer(config)
+def rows_of(log: Path) -> list[str]:
+    """A log's first column, its header left out."""
+    return [row.split(",")[0] for row in log.read_text().strip().splitlines()][1:]
+
+
+def run_bundle(*arguments, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "training" / "run_bundle.py"), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def export_step(*arguments) -> int:
+    """The program in this process, which has imported TensorFlow already."""
+    return runpy.run_path(str(ROOT / "training" / "export_step.py"))["main"](list(map(str, arguments)))
+
+
+@pytest.fixture()
+def without_tensorflow(tmp_path) -> dict[str, str]:
+    """Environment variables of an interpreter where importing TensorFlow or Keras fails."""
+    blocker = tmp_path / "blocker" / "sitecustomize.py"
+    blocker.parent.mkdir()
+    blocker.write_text(
+        "import sys\nfor name in ('tensorflow', 'tf_keras', 'keras'):\n    sys.modules[name] = None\n"
+    )
+    return {"PYTHONPATH": f"{blocker.parent}{os.pathsep}{ROOT}"}
+
+
+# --- The step --------------------------------------------------------------------------------------------
+
+
+def test_losses_equal_tensorflow_and_weights_return(directory, fresh, tmp_path):
+    """Over the step from which on the loss' exponent is 1."""
+    trainer = bundle.make_trainer(CONFIG)
     step = tf.function(trainer.update, jit_compile=True)
-    here = Bundle(bundle_directory)
-    for index in range(3):
-        batch = random_batch(config, index)
+    here = fresh()
+    for index in range(5):
+        batch = random_batch(index)
         expected = step({name: tf.constant(value) for name, value in batch.items()})
         got = here.step(batch, index)
         assert set(got) == set(expected)
         for name in ("loss", "epe", "matching"):
             np.testing.assert_allclose(float(np.asarray(got[name])), float(expected[name]), rtol=1e-4)
-    assert here.steps == 3
+    assert here.steps == 5
     here.save(tmp_path / "state.npz")
 
     # Another image size: weights do not depend on it.
-    network = build_network(loop.network_config(config.network), 128, 64)
-    bundle.load_weights(bundle_directory, tmp_path / "state.npz", network, averaged=False)
-    for returned, trained in zip(network.trainable_variables, trainer.network.trainable_variables):
+    network = build_network(SHALLOW, 128, 64)
+    bundle.load_weights(directory, tmp_path / "state.npz", network, averaged=False)
+    for returned, trained in zip(network.variables, trainer.network.variables):
         np.testing.assert_allclose(returned.numpy(), trained.numpy(), atol=6e-5)
 
-    resumed = Bundle(bundle_directory, tmp_path / "state.npz")
-    assert resumed.steps == 3
-    batch = random_batch(config, 9)
+    resumed = fresh(tmp_path / "state.npz")
+    assert resumed.steps == 5
+    batch = random_batch(9)
     np.testing.assert_allclose(
-        float(np.asarray(resumed.step(batch, 3)["loss"])), float(np.asarray(here.step(batch, 3)["loss"])), rtol=1e-5
+        float(np.asarray(resumed.step(batch, 5)["loss"])), float(np.asarray(here.step(batch, 5)["loss"])), rtol=1e-5
     )
 
 
-def test_batch_of_another_shape_is_refused(config, bundle_directory):
-    from qpwc_core.training.bundle_runner import Bundle
+def test_schedules_follow_the_position(fresh):
+    """Not the number of steps: the learning rate of a warm-up's beginning, of its peak, of the decay's middle."""
+    moved = []
+    for position in (0, 2, 4):
+        one = fresh()
+        index = one.description["state"].index(one.description["weights"][0])
+        before = np.asarray(one._state[index])
+        one.step(random_batch(0), position)
+        moved.append(np.abs(np.asarray(one._state[index]) - before).max())
+    # A first step of Adam moves a weight by the learning rate, and decay is far less.
+    np.testing.assert_allclose(moved, CONFIG.learning_rate * np.array([0.5, 1.0, 0.505]), rtol=0.1)
 
-    batch = random_batch(config, 0)
+
+def test_batch_of_another_shape_is_refused(compiled):
+    batch = random_batch(0)
     batch["flow"] = batch["flow"][:, :-1]
     with pytest.raises(ValueError, match="flow"):
-        Bundle(bundle_directory).step(batch, 0)
+        compiled.step(batch, 0)
 
 
-def test_program_runs_resumes_and_needs_no_tensorflow(bundle_directory, tmp_path):
-    """run_bundle.py in an interpreter where importing TensorFlow or Keras fails."""
-    blocker = tmp_path / "sitecustomize.py"
-    blocker.write_text(
-        "import sys\nfor name in ('tensorflow', 'tf_keras', 'keras'):\n    sys.modules[name] = None\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    output = tmp_path / "run"
-
-    def run(steps: int) -> str:
-        command = [sys.executable, ROOT / "training" / "run_bundle.py", bundle_directory, "-o", output]
-        options = ["--steps", str(steps), "--workers", "1", "--report-steps", "1"]
-        done = subprocess.run(
-            [*map(str, command), *options], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "step 2:" in run(2)
-    second = run(3)
-    assert "step 3:" in second and "step 1:" not in second
-    rows = (output / "log.csv").read_text().strip().splitlines()
-    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
-
-    from qpwc_core.training.loop import network_config
-    from qpwc_core.training import bundle
-    from qpwc_core.model.network import build_network
-
-    name = json.loads((bundle_directory / "bundle.json").read_text())["run"]["network"]
-    network = build_network(network_config(name), 64, 64)
-    before = [v.numpy() for v in network.trainable_variables]
-    bundle.load_weights(bundle_directory, output / "state.npz", network)
-    assert any(np.abs(a - b.numpy()).max() > 0 for a, b in zip(before, network.trainable_variables))
+def test_a_step_has_only_what_every_backend_takes(directory):
+    text = (directory / "step.stablehlo").read_text()
+    assert "mhlo.copy" not in text
+    # What is left of the other dialect are attributes.
+    assert not re.search(r"= \"?mhlo\.", re.sub(r"\{[^{}]*\}", "", text))
 
 
-def test_a_step_has_only_what_every_backend_takes(bundle_directory):
-    from qpwc_core.training.bundle import plain_stablehlo
+@pytest.mark.parametrize("value", ["%4943", "%17#1", "%arg3"])
+def test_a_copy_becomes_a_reshape(value):
+    line = f"    %4944 = mhlo.copy {value} : tensor<3x3x3x16xf32> loc(#loc1961)\n"
+    wanted = f"    %4944 = stablehlo.reshape {value} : (tensor<3x3x3x16xf32>) -> tensor<3x3x3x16xf32> loc(#loc1961)\n"
+    kept = "    %5 = stablehlo.add %3, %4 : tensor<f32> loc(#loc2)\n"
+    assert bundle.plain_stablehlo(kept + line + kept) == kept + wanted + kept
 
-    assert "mhlo.copy" not in (bundle_directory / "step.stablehlo").read_text()
-    line = "    %4944 = mhlo.copy %4943 : tensor<3x3x3x16xf32> loc(#loc1961)"
-    wanted = "    %4944 = stablehlo.reshape %4943 : (tensor<3x3x3x16xf32>) -> tensor<3x3x3x16xf32> loc(#loc1961)"
-    assert plain_stablehlo(line) == wanted
+
+def test_a_step_that_loses_a_variable_is_not_exported(monkeypatch, tmp_path):
+    monkeypatch.setattr(bundle, "_result_count", lambda text: 3)
+    with pytest.raises(RuntimeError, match="has 3 results"):
+        bundle.export_step(SINGLE_CONFIG, tmp_path)
+    assert not (tmp_path / "bundle.json").exists()
 
 
-def test_several_bundles_see_the_same_batches_and_follow_the_time(config, bundle_directory, tmp_path):
-    import itertools
+def test_frozen_levels_stay_and_come_back(tmp_path):
+    """They go into the step, not out of it."""
+    initial = tmp_path / "initial.weights.h5"
+    start = build_network(SINGLE, 64, 64)
+    start.save_weights(initial)
+    config = dataclasses.replace(SINGLE_CONFIG, initial=str(initial), frozen_levels=1, endpoint_share=0.0)
+    bundle.export_step(config, tmp_path / "bundle")
+    one = Bundle(tmp_path / "bundle")
+    limits = RunLimits(steps=2, keep_averages=True)
+    (checkpoint,) = run({"one": one}, random_batches(), tmp_path / "run", limits, lambda line: None)
+    one.load(checkpoint)
+    assert one.steps == 2 and one.description["frozen"]
+    for state in ("state.npz", "averages_2.npz"):
+        network = build_network(SINGLE, 64, 64)
+        bundle.load_weights(tmp_path / "bundle", tmp_path / "run" / state, network)
+        for before, after in zip(start.variables, network.variables):
+            frozen = before.name.startswith("encoder_1_")
+            if frozen or before.name.endswith("kernel:0"):
+                assert np.array_equal(before.numpy(), after.numpy()) == frozen, before.name
 
-    from qpwc_core.model.network import build_network
-    from qpwc_core.training import bundle, loop
-    from qpwc_core.training.bundle_runner import Bundle, RunLimits, run
 
-    bundles = {name: Bundle(bundle_directory) for name in ("one", "two")}
-    batches = (random_batch(config, index) for index in itertools.count())
-    limits = RunLimits(minutes=0.1, schedule="minutes", report_steps=1, keep_averages=True)
-    paths = run(bundles, batches, tmp_path, limits, report=lambda line: None)
-    assert paths == [tmp_path / name / "state.npz" for name in ("one", "two")]
+# --- States ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_something_else_is_refused(directory, other_directory, fresh, tmp_path):
+    assert steps_done(directory, tmp_path / "missing.npz") == 0
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes((directory / CHECKPOINT).read_bytes()[:1000])
+    averages = tmp_path / "averages.npz"
+    fresh().save(averages, read_description(directory)["averages"])
+    for path in (damaged, averages, other_directory / CHECKPOINT):
+        for read in (lambda path: steps_done(directory, path), lambda path: Bundle(directory, path), fresh):
+            with pytest.raises(ValueError, match="not a state of this bundle") as caught:
+                read(path)
+            assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    network = build_network(SHALLOW, 64, 64)
+    for path in (damaged, other_directory / CHECKPOINT):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            bundle.load_weights(directory, path, network)
+
+
+def test_the_program_refuses_a_checkpoint_of_another_bundle(directory, other_directory, tmp_path):
+    """In the output of the second bundle, too, and before anything is compiled."""
+    (tmp_path / "out" / other_directory.name).mkdir(parents=True)
+    checkpoint = tmp_path / "out" / other_directory.name / CHECKPOINT
+    shutil.copyfile(directory / CHECKPOINT, checkpoint)
+    done = run_bundle(directory, other_directory, "-o", tmp_path / "out", "--workers", 0)
+    assert done.returncode == 1 and "ready" not in done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"run_bundle: {checkpoint}: not a state of this bundle (")
+
+
+def test_what_is_not_a_bundle_is_refused(tmp_path, capsys):
+    done = run_bundle(tmp_path)
+    assert done.returncode == 1
+    assert export_step(tmp_path, "--weights-from", tmp_path / "state.npz") == 1
+    for line, name in ((done.stderr, "run_bundle"), (capsys.readouterr().err, "export_step")):
+        assert line.startswith(f"{name}: {tmp_path}: not a training bundle (") and line.count("\n") == 1
+
+
+# --- Runs ------------------------------------------------------------------------------------------------
+
+
+def test_several_bundles_see_the_same_batches_and_follow_the_time(directory, fresh, tmp_path):
+    bundles, lines = {name: fresh() for name in ("one", "two")}, []
+    limits = RunLimits(minutes=0.02, schedule="minutes", report_steps=1, save_minutes=0.0, keep_averages=True)
+    paths = run(bundles, random_batches(), tmp_path, limits, lines.append)
+    assert paths == [tmp_path / name / CHECKPOINT for name in ("one", "two")]
     # The same start and the same batches: the same end.
     one, two = (dict(np.load(path)) for path in paths)
     assert all(np.array_equal(one[name], two[name]) for name in one)
     steps = bundles["one"].steps
     assert steps > 1
-    description = json.loads((bundle_directory / "bundle.json").read_text())
+    assert rows_of(tmp_path / "one" / "log.csv") == [str(step + 1) for step in range(steps)]
+    assert re.match(r"step 1: \d+ samples/s, waited \d+ % for samples, \d+ % for the device; one epe .*; two epe", lines[0])
+    description = read_description(directory)
     # A step adds 1 to where it was told it is; the last one was near the schedule's end, whatever its number.
-    assert config.steps * 0.5 < one[description["position"]] <= config.steps + 1.5
-    network = build_network(loop.network_config(config.network), 64, 64)
-    bundle.load_weights(bundle_directory, tmp_path / "one" / f"averages_{steps}.npz", network)
-    for name, variable in zip(description["averages"], network.trainable_variables):
+    assert CONFIG.steps * 0.5 < one[description["position"]] <= CONFIG.steps + 1
+    # Every checkpoint's averages are there, and those of the last are the state's.
+    assert len(list((tmp_path / "one").glob("averages_*.npz"))) == steps
+    network = build_network(SHALLOW, 64, 64)
+    bundle.load_weights(directory, tmp_path / "one" / f"averages_{steps}.npz", network)
+    for name, variable in zip(description["averages"], network.variables):
         np.testing.assert_array_equal(variable.numpy(), one[name])
 
 
-def test_bundles_that_differ_do_not_run_together(config, bundle_directory, tmp_path):
-    from qpwc_core.training.bundle_runner import Bundle, RunLimits, run
+def test_a_run_goes_on_as_if_it_had_not_stopped(fresh, tmp_path):
+    """With two bundles, of which one was stopped before the other: each goes on from its own step."""
+    names = ("one", "two")
+    run({name: fresh() for name in names}, random_batches(), tmp_path / "whole", RunLimits(steps=4))
 
-    ahead, behind = Bundle(bundle_directory), Bundle(bundle_directory)
-    ahead.step(random_batch(config, 0), 0)
-    with pytest.raises(ValueError, match="equally many steps"):
-        run({"a": ahead, "b": behind}, iter([]), tmp_path, RunLimits(steps=3))
+    part = tmp_path / "part"
+    run({name: fresh() for name in names}, random_batches(), part, RunLimits(steps=2))
+    ahead = fresh(part / "two" / CHECKPOINT)
+    ahead.step(random_batch(2), 2)
+    ahead.save(part / "two" / CHECKPOINT)
+    lines = []
+    resumed = {name: fresh(part / name / CHECKPOINT) for name in names}
+    run({"one": resumed["one"]}, itertools.islice(random_batches(), 2, None), tmp_path / "alone", RunLimits(steps=3))
+    run(resumed, itertools.islice(random_batches(), 3, None), part, RunLimits(steps=4), lines.append)
+    for name in names:
+        whole, parts = (dict(np.load(tmp_path / run / name / CHECKPOINT)) for run in ("whole", "part"))
+        assert all(np.array_equal(whole[key], parts[key]) for key in whole)
+    assert len(lines) == 1 and lines[0].startswith("step 4: ")
 
 
-@pytest.mark.parametrize("options", [{"schedule": "minutes"}, {"schedule": "days"}])
-def test_limits_that_make_no_sense_are_refused(options):
-    from qpwc_core.training.bundle_runner import RunLimits
+def test_bundles_reach_their_numbers_of_steps_one_by_one(fresh, tmp_path):
+    ahead, behind = fresh(), fresh()
+    ahead.step(random_batch(0), 0)
+    lines = []
+    run({"a": ahead, "b": behind}, random_batches(), tmp_path, RunLimits(steps=3), lines.append)
+    assert ahead.steps == behind.steps == 3
+    assert rows_of(tmp_path / "a" / "log.csv") == ["3"] and rows_of(tmp_path / "b" / "log.csv") == ["2", "3"]
+    assert " a epe" in lines[0] and " a epe" not in lines[1]
 
-    with pytest.raises(ValueError, match="schedule"):
+
+def test_an_interrupted_run_is_saved(directory, fresh, tmp_path):
+    def batches():
+        yield random_batch(0)
+        raise KeyboardInterrupt
+
+    lines = []
+    (path,) = run({"one": fresh()}, batches(), tmp_path, RunLimits(), lines.append)
+    assert steps_done(directory, path) == 1 and lines == ["interrupted"]
+
+
+def test_bundles_of_another_batch_do_not_run_together(fresh, directory, tmp_path):
+    one, two = fresh(), fresh()
+    two.description = json.loads(json.dumps(two.description).replace("[2, 64, 96", "[4, 64, 96"))
+    with pytest.raises(ValueError, match="one batch size and one crop size"):
+        run({"a": one, "b": two}, iter([]), tmp_path, RunLimits(steps=3))
+    assert not list(tmp_path.iterdir())
+
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    (other / "bundle.json").write_text(json.dumps(two.description))
+    for directories, reason in (
+        ((directory, other), "one batch size and one crop size"),
+        ((directory, directory), "directories of different names"),
+    ):
+        done = run_bundle(*directories, "-o", tmp_path / "out")
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr == f"run_bundle: bundles that run together need {reason}\n"
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"schedule": "minutes"}, "a schedule of minutes needs a number of minutes"),
+        ({"schedule": "days"}, "schedule must be one of steps, minutes, got 'days'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"minutes": 0.0}, "minutes must be above 0, got 0.0"),
+        ({"save_minutes": -1.0}, "save_minutes must be at least 0, got -1.0"),
+        ({"report_steps": 0}, "report_steps must be at least 1, got 0"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
         RunLimits(**options)
 
 
-def test_program_draws_from_a_pool(config, tmp_path):
-    """Two bundles, samples from worker processes through shared memory, a pool on the device."""
-    from qpwc_core.training import bundle
-
-    for name in ("a", "b"):
-        bundle.export_step(config, tmp_path / name)
-    command = [sys.executable, ROOT / "training" / "run_bundle.py", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out"]
-    options = ["--steps", "2", "--workers", "1", "--pool", "64", "--pool-margin", "32", "--report-steps", "1"]
-    done = subprocess.run(
-        [*map(str, command), *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 2:" in done.stdout and "64 samples" in done.stdout
-    for name in ("a", "b"):
-        rows = (tmp_path / "out" / name / "log.csv").read_text().strip().splitlines()
-        assert [row.split(",")[0] for row in rows] == ["step", "1", "2"]
+# --- The programs ----------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_something_else_is_refused(bundle_directory, tmp_path):
-    from qpwc_core.training.bundle_runner import steps_done
+def test_the_program_runs_resumes_and_needs_no_tensorflow(other_directory, without_tensorflow, tmp_path, capsys):
+    """Two bundles, samples from a worker process through shared memory, a pool on the device; then one of them goes on
+    with batches straight from a worker; then its weights come back."""
+    second, output = tmp_path / "second", tmp_path / "out"
+    shutil.copytree(other_directory, second)
+    pool = ["--pool", 32, "--pool-margin", 16, "--keep-averages"]
 
-    assert steps_done(bundle_directory, tmp_path / "missing.npz") == 0
-    (tmp_path / "state.npz").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="not a state of this bundle"):
-        steps_done(bundle_directory, tmp_path / "state.npz")
+    def lines_of(*arguments) -> str:
+        done = run_bundle(*arguments, "--workers", 1, "--report-steps", 1, environment=without_tensorflow)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
+    first = lines_of(other_directory, second, "-o", output, "--steps", 2, *pool)
+    assert "step 2:" in first
+    summary = re.search(r"^rendered ([\d,]+) samples, \d+/s; each was drawn (\d+\.\d) times$", first, re.MULTILINE)
+    rendered = int(summary[1].replace(",", ""))
+    # The pool was full before the first of two batches of two.
+    assert rendered >= 32 and float(summary[2]) == pytest.approx(4 / rendered, abs=0.051)
+    for name in (other_directory.name, "second"):
+        assert rows_of(output / name / "log.csv") == ["1", "2"]
 
-def test_not_a_bundle(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "training" / "run_bundle.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    assert "not a training bundle" in done.stderr and "Traceback" not in done.stderr
+    resumed = lines_of(second, "-o", output / "second", "--steps", 3, "--keep-averages")
+    assert "step 3:" in resumed and "step 1:" not in resumed
+    assert re.search(r"^rendered 2 samples, \d+/s; each was drawn once$", resumed, re.MULTILINE)
+    assert rows_of(output / "second" / "log.csv") == ["1", "2", "3"]
+
+    averages = output / "second" / "averages_3.npz"
+    assert export_step(second, "--weights-from", averages) == 0
+    assert capsys.readouterr().out == f"{second / 'trained.weights.h5'}\n"
+    network = build_network(NetworkConfig.from_mapping(read_description(second)["network"]), 64, 64)
+    network.load_weights(second / "trained.weights.h5")
+    with np.load(averages) as values:
+        for variable, name in zip(network.variables, read_description(second)["averages"]):
+            np.testing.assert_array_equal(variable.numpy(), values[name])

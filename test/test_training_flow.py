@@ -218,6 +218,28 @@ def test_averages_follow_the_weights_and_can_be_borrowed(trainer):
     np.testing.assert_array_equal(variable.numpy(), weights)
 
 
+def test_the_last_steps_are_for_the_mean_error():
+    """With an endpoint_share of 0.25 of 4 steps, the exponent is 1 in the last."""
+    network = build_network(SINGLE, SHALLOW.height, SHALLOW.width, batch=1)
+    batch, config = batch_of(1), loop.TrainConfig(steps=4, loss_exponent=0.6, endpoint_share=0.25)
+
+    def losses(trainer: FlowTrainer, steps: int) -> list[float]:
+        trainer.compile(optimizer=keras.optimizers.SGD(0.0))
+        trainer.optimizer.build(network.trainable_variables)
+        return [float(trainer.update(batch)["loss"]) for _ in range(steps)]
+
+    robust, mean = (losses(FlowTrainer(network, loss_exponent=exponent), 1)[0] for exponent in (0.6, 1.0))
+    assert abs(mean - robust) > 0.1
+    expected = pytest.approx([robust, robust, robust, mean, mean], rel=1e-5)
+    assert losses(loop.trainer_of(network, config), 5) == expected
+    # By a position, which a run that follows the time sets.
+    position = tf.Variable(0.0)
+    trainer = loop.trainer_of(network, config, position=position)
+    assert losses(trainer, 5) == expected
+    position.assign(1.0)
+    assert losses(trainer, 1) == pytest.approx([robust], rel=1e-5)
+
+
 def test_gradients_are_clipped_by_their_norm():
     """One absurd sample moves the weights no farther than any other; the norm reported is the unclipped."""
     network = build_network(SHALLOW, SHALLOW.height, SHALLOW.width, batch=1)
@@ -336,6 +358,7 @@ def test_the_mean_error_counts_valid_pixels_only():
         ({"dataset": "chairs"}, "both its name"),
         ({"occluded_weight": 1.5}, "occluded_weight must lie between 0 and 1, got 1.5"),
         ({"loss_exponent": 0.0}, "loss_exponent must be above 0 and at most 1, got 0.0"),
+        ({"endpoint_share": 1.5}, "endpoint_share must lie between 0 and 1, got 1.5"),
         ({"reuse": 0}, "reuse must be at least 1, got 0"),
         ({"frozen_levels": 2}, "frozen_levels needs initial"),
         ({"only_fresh": 1}, "only_fresh needs initial"),

@@ -301,7 +301,7 @@ def test_a_bundle_waits_for_its_steps_and_then_goes_on(tmp_path, single_point, c
     description = json.loads((directory / "bundle.json").read_text())
     with np.load(directory / "state.npz") as values:
         state = dict(values)
-    for name in description["averages"]:
+    for name in set(description["averages"]) - set(description["frozen"]):
         state[name] = state[name] + 1
     (directory / "run").mkdir()
     for steps in (2, 3):
@@ -326,7 +326,7 @@ def test_a_bundle_waits_for_its_steps_and_then_goes_on(tmp_path, single_point, c
 def test_a_damaged_state_is_refused(tmp_path, single_point, common, capsys):
     directory = tmp_path / "out" / "01_train"
     (directory / "run").mkdir(parents=True)
-    (directory / "bundle.json").write_text('{"iterations": "0000"}')
+    (directory / "bundle.json").write_text('{"state": ["0000", "0001"], "iterations": "0000", "position": "0001"}')
     (directory / "run" / "state.npz").write_bytes(b"half of it")
     config = write(tmp_path / "tiny.yaml", [{"train": {**SMALL, "via": "bundle"}}], common=common)
     assert run(tmp_path, config) == 1

@@ -2,14 +2,14 @@
 
     python training/export_step.py DIR --network qpwc_fast --batch 64 --textures out/textures/train.npz
 
-Then, there: python training/run_bundle.py DIR. Back here: python training/export_step.py DIR --weights-from
-DIR/run/state.npz writes DIR/trained.weights.h5, which train.py --initial and quantize.py --weights take.
+Then, where the accelerator is: python training/run_bundle.py DIR. Back here: python training/export_step.py DIR
+--weights-from DIR/run/state.npz writes the averaged weights as DIR/trained.weights.h5, which train.py --initial and
+quantize.py --weights take.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -22,16 +22,22 @@ from qpwc_core.training.options import add_options, parse_config
 def main(arguments: list[str] | None = None) -> int:
     from qpwc_core.model.config import NetworkConfig
     from qpwc_core.model.network import build_network
-    from qpwc_core.training import bundle, loop
+    from qpwc_core.training import bundle, bundle_runner, loop
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--weights-from", type=Path, metavar="STATE", help="convert a trained state to Keras weights")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the bundle")
+    parser.add_argument(
+        "--weights-from",
+        type=Path,
+        metavar="STATE",
+        help="write no bundle; convert the averaged weights of a trained state.npz, or an averages_STEP.npz, of DIR's "
+        "bundle to Keras weights (other options have no effect)",
+    )
     add_options(parser, loop.TrainConfig)
     args = parser.parse_args(arguments)
     try:
         if args.weights_from:
-            description = json.loads((args.directory / "bundle.json").read_text())
+            description = bundle_runner.read_description(args.directory)
             point = NetworkConfig.from_mapping(description["network"])
             network = build_network(point, description["run"]["height"], description["run"]["width"])
             bundle.load_weights(args.directory, args.weights_from, network)

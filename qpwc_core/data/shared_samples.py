@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from typing import Iterator
 
 import numpy as np
@@ -22,7 +23,10 @@ Chunk = dict[str, np.ndarray]
 _SLOTS_PER_WORKER = 8
 #: Seconds after which a silent worker is looked after.
 _PATIENCE = 5.0
+#: How much lower the workers' priority is. The process that feeds the device queues its work from one thread: each time
+#: that waits for a processor the device has nothing to do, while workers that wait are made good for by the rest.
 _NICENESS = 10
+#: Flow beyond this many pixels, near float16's largest number, is cut to it.
 _LARGEST_HALF = 60_000.0
 
 
@@ -40,7 +44,11 @@ def layout(height: int, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype
 
 
 def pack(sample: Sample, occluded_weight: float) -> Chunk:
-    """A sample in two thirds of its memory, see :func:`layout`."""
+    """A sample in two thirds of its memory, see :func:`layout`.
+
+    Args:
+        occluded_weight: see ``pipeline.to_batch``.
+    """
     known = sample.valid[..., None]
     flow = np.clip(np.where(known, sample.flow, 0), -_LARGEST_HALF, _LARGEST_HALF)
     weight = sample.valid * np.where(sample.occluded, occluded_weight, 1.0)
@@ -68,18 +76,26 @@ class _Slots:
         return cls({name: context.RawArray("B", size) for name, size in sizes.items()}, count, height, width)
 
     def arrays(self) -> Chunk:
+        """The arrays, ``count`` in front of the shapes of :func:`layout`."""
         return {
             name: np.frombuffer(self.memory[name], dtype).reshape(self.count, *shape)
             for name, (shape, dtype) in layout(self.height, self.width).items()
         }
 
 
+def _end_with_parent() -> None:
+    """Ends this process when its parent has ended without ending it, killed for example."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _work(config: PipelineConfig, seed: int, slots: _Slots, free, filled) -> None:
+    """What a worker does: takes numbers of slots from ``free``, hands them back by ``filled``, or an error."""
     import cv2
 
     # Ctrl-C reaches the whole process group; the parent alone decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The parent queues the device's work from one thread, which must not wait for a processor.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(_NICENESS)
     cv2.setNumThreads(1)
     arrays = slots.arrays()
@@ -101,7 +117,12 @@ def sample_chunks(config: PipelineConfig, seed: int, workers: int, size: int) ->
     A chunk is new arrays, ``size`` in front of the shapes of :func:`layout`. Samples of one scene follow each other.
 
     Args:
-        workers: number of processes, at least 1.
+        seed: the same gives one worker's samples again; several come in any order.
+        workers: number of processes, at least 1. They run at a lower priority than this one.
+        size: samples per chunk.
+
+    Raises:
+        ValueError: no workers.
 
     Raises (from the iterator):
         ValueError, OSError, QpwcError: what a worker raised.
@@ -121,16 +142,18 @@ def sample_chunks(config: PipelineConfig, seed: int, workers: int, size: int) ->
         for index in range(workers)
     ]
 
+    def check(*, by_itself: bool) -> None:
+        """Raises if a worker has ended, with an exit code of 0 only where ``by_itself``."""
+        for process in processes:
+            if process.exitcode or (by_itself and process.exitcode == 0):
+                raise ChildProcessError(f"a rendering process ended with code {process.exitcode}")
+
     def next_filled() -> int:
         while True:
             try:
                 item = filled.get(timeout=_PATIENCE)
             except queue.Empty:
-                for process in processes:
-                    if process.exitcode is not None:
-                        raise ChildProcessError(
-                            f"a rendering process ended with code {process.exitcode}"
-                        ) from None
+                check(by_itself=True)
                 continue
             if isinstance(item, Exception):
                 raise item
@@ -138,6 +161,8 @@ def sample_chunks(config: PipelineConfig, seed: int, workers: int, size: int) ->
 
     def chunks() -> Iterator[Chunk]:
         while True:
+            # The others would go on without a dead one. One that ended by itself has left an error, which will come.
+            check(by_itself=False)
             chunk = {name: np.empty((size, *slot.shape[1:]), slot.dtype) for name, slot in arrays.items()}
             for row in range(size):
                 index = next_filled()
@@ -151,7 +176,8 @@ def sample_chunks(config: PipelineConfig, seed: int, workers: int, size: int) ->
             process.start()
         yield chunks()
     finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join()

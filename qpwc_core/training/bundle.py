@@ -4,12 +4,15 @@ XLA compiles the whole step (forward, backward, update) from StableHLO; what Ten
 runtime executes elsewhere. A bundle is a directory:
 
     step.stablehlo    the step as StableHLO text: (batch tensors, state) -> (scalars, new state)
-    state.npz         the initial state: weights, optimizer slots, averages, counters
+    state.npz         the initial state: weights, optimizer slots, averages, counters, by number ("0000", ...)
     bundle.json       names, shapes and order of all of these, the pipeline and the network
     textures.npz      the training textures, if any
 
 This module writes bundles and reads trained state back; ``bundle_runner`` runs them and imports neither this
 module nor TensorFlow.
+
+Variables that the step reads and leaves as they are (``--frozen-levels``, ``--only-fresh``) are ``frozen`` in
+``bundle.json``: part of the state that goes in, not of the one that comes out.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from qpwc_core.training.bundle_runner import read_arrays, read_description
 from qpwc_core.training.loop import (
     TrainConfig,
     batch_signature,
@@ -56,7 +60,7 @@ def export_step(config: TrainConfig, directory: Path) -> None:
 
     Raises:
         ValueError: an unknown network, or a strategy: a bundle runs on one accelerator.
-        RuntimeError: the lowered step does not hand back every variable it takes.
+        RuntimeError: the lowered step does not hand back every variable that is trained.
     """
     if config.strategy != "none":
         raise ValueError(f"a bundle runs on one accelerator, without strategy {config.strategy}")
@@ -65,13 +69,21 @@ def export_step(config: TrainConfig, directory: Path) -> None:
     step = tf.function(trainer.update, jit_compile=True)
     concrete = step.get_concrete_function(signature)
     zeros = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in signature.items()}
-    text = step.experimental_get_compiler_ir(zeros)(stage="stablehlo")
+    text = plain_stablehlo(step.experimental_get_compiler_ir(zeros)(stage="stablehlo"))
 
     handles = {id(v.handle): v for v in concrete.graph.variables}
     variables = [handles[id(handle)] for handle in concrete.captured_inputs]
     outputs = sorted(concrete.structured_outputs)
     names = {id(v): f"{index:04d}" for index, v in enumerate(variables)}
-    averages = [names[id(v)] for v in trainer.averages]
+    weights = trainer.network.variables
+    averages = {id(v): average for v, average in zip(trainer.network.trainable_variables, trainer.averages)}
+    frozen = [names[id(v)] for v in weights if id(v) not in averages]
+    results = _result_count(text)
+    if results != len(outputs) + len(variables) - len(frozen):
+        raise RuntimeError(
+            f"the lowered step has {results} results, not {len(outputs)} scalars and {len(variables) - len(frozen)} "
+            "variables"
+        )
     description = {
         "format": FORMAT,
         "inputs": [
@@ -82,14 +94,15 @@ def export_step(config: TrainConfig, directory: Path) -> None:
         "state": [names[id(v)] for v in variables],
         "iterations": names[id(trainer.optimizer.iterations)],
         "position": names[id(trainer.position)],
-        "weights": [names[id(v)] for v in trainer.network.trainable_variables],
-        "averages": averages,
+        "weights": [names[id(v)] for v in weights],
+        "averages": [names[id(averages.get(id(v), v))] for v in weights],
+        "frozen": frozen,
         "network": dataclasses.asdict(network_config(config.network)),
         "run": dataclasses.asdict(config),
         "pipeline": dataclasses.asdict(config.pipeline()),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "step.stablehlo").write_text(plain_stablehlo(text))
+    (directory / "step.stablehlo").write_text(text)
     np.savez_compressed(directory / "state.npz", **{names[id(v)]: v.numpy() for v in variables})
     if config.textures:
         shutil.copyfile(config.textures, directory / "textures.npz")
@@ -97,30 +110,40 @@ def export_step(config: TrainConfig, directory: Path) -> None:
 
 
 def plain_stablehlo(text: str) -> str:
-    """A step's text without ``mhlo.copy``, which TensorFlow writes before results and only some backends take.
+    """A step's text without ``mhlo.copy``.
 
-    A reshape to the same shape is the same.
+    TensorFlow writes this operation, of another dialect, before results. XLA for processors takes it; XLA for GPUs
+    fails ("failed to legalize operation 'mhlo.copy'"). A reshape to the same shape says the same.
     """
     return re.sub(r"mhlo\.copy (%[\w#]+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
 
 
+def _result_count(text: str) -> int:
+    """How many tensors the program's main function returns."""
+    signature = re.search(r"func\.func (?:public )?@main\(.*", text)
+    if signature is None:
+        raise RuntimeError("the lowered step has no main function")
+    return signature[0].rpartition(" -> ")[2].count("tensor<")
+
+
 def load_weights(directory: Path, state: Path, network: keras.Model, *, averaged: bool = True) -> None:
-    """Puts a bundle's trained state (``state.npz`` or a checkpoint of the runner) into a tf_keras network.
+    """Puts a bundle's trained state into a tf_keras network.
 
     Args:
+        directory: the bundle.
+        state: a checkpoint of the runner, the bundle's own ``state.npz``, or ``averages_STEP.npz``.
         network: of ``build_network`` with the bundle's network config, at any size.
         averaged: take the moving averages instead of the raw weights.
 
     Raises:
-        ValueError: the shapes do not fit: another network.
+        ValueError: not a bundle, a state that is damaged or lacks these weights, or shapes that do not fit: another
+            network.
     """
-    description = json.loads((directory / "bundle.json").read_text())
-    with np.load(state, allow_pickle=False) as values:
-        names = description["averages" if averaged else "weights"]
-        variables = network.trainable_variables
-        if len(names) != len(variables):
-            raise ValueError(f"{state}: {len(names)} weights for a network of {len(variables)}")
-        for variable, name in zip(variables, names):
-            if tuple(variable.shape) != values[name].shape:
-                raise ValueError(f"{state}: {variable.name} has shape {variable.shape}, not {values[name].shape}")
-            variable.assign(values[name])
+    names = read_description(directory)["averages" if averaged else "weights"]
+    values = read_arrays(state, names)
+    if len(names) != len(network.variables):
+        raise ValueError(f"{state}: {len(names)} weights for a network of {len(network.variables)}")
+    for variable, name in zip(network.variables, names):
+        if tuple(variable.shape) != values[name].shape:
+            raise ValueError(f"{state}: {variable.name} has shape {variable.shape}, not {values[name].shape}")
+        variable.assign(values[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import time
@@ -13,10 +14,13 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
+#: Values of ``RunLimits.schedule``.
 SCHEDULES = ("steps", "minutes")
 
+#: The initial state's name in a bundle, and the trained one's in a run's directory.
 CHECKPOINT = "state.npz"
 
+#: Steps are queued without waiting for their results. With too many of them ahead, their batches would fill the memory.
 _STEPS_AHEAD = 4
 
 
@@ -35,20 +39,47 @@ def read_description(directory: Path) -> dict:
     return description
 
 
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` file by name.
+
+    Raises:
+        ValueError: the file is missing, damaged, or lacks some of them.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as values:
+            return {name: values[name] for name in names}
+    except Exception as error:  # np.load has many for a damaged file
+        raise ValueError(f"{path}: not a state of this bundle ({error})") from error
+
+
+def read_state(directory: Path, path: Path) -> dict[str, np.ndarray]:
+    """A checkpoint of a bundle, or its initial state: every variable by name.
+
+    Raises:
+        ValueError: not a bundle, or the state is damaged or of another bundle.
+    """
+    names = read_description(directory)["state"]
+    values = read_arrays(path, names)
+    initial = directory / CHECKPOINT
+    if path != initial:
+        for name, wanted in read_arrays(initial, names).items():
+            if (values[name].shape, values[name].dtype) != (wanted.shape, wanted.dtype):
+                raise ValueError(
+                    f"{path}: not a state of this bundle (variable {name} is {values[name].dtype} "
+                    f"{list(values[name].shape)}, not {wanted.dtype} {list(wanted.shape)})"
+                )
+    return values
+
+
 def steps_done(directory: Path, checkpoint: Path) -> int:
     """Steps of a checkpoint of this bundle; 0 where there is none.
 
     Raises:
-        ValueError: it is damaged, or of another bundle.
+        ValueError: not a bundle, or the checkpoint is damaged or of another bundle.
     """
     if not checkpoint.exists():
         return 0
-    name = read_description(directory)["iterations"]
-    try:
-        with np.load(checkpoint, allow_pickle=False) as values:
-            return int(values[name])
-    except Exception as error:  # np.load has many for a damaged file
-        raise ValueError(f"{checkpoint}: not a state of this bundle ({error})") from error
+    return int(read_state(directory, checkpoint)[read_description(directory)["iterations"]])
 
 
 class Bundle:
@@ -59,8 +90,12 @@ class Bundle:
         state: a checkpoint to resume from; None: the bundle's initial state.
         device: a JAX device; None: the default one.
 
+    Attributes:
+        description: what ``bundle.json`` says.
+
     Raises:
-        ValueError: not a bundle, or a state of another bundle.
+        ValueError: not a bundle, or a state that is damaged or of another bundle.
+        RuntimeError: the device's compiler does not take the step.
     """
 
     def __init__(self, directory: Path, state: Path | None = None, device=None):
@@ -68,6 +103,8 @@ class Bundle:
         from jax._src.lib import xla_client
 
         self.description = read_description(directory)
+        # Before compiling, which takes a minute.
+        values = read_state(directory, state or directory / CHECKPOINT)
         try:
             program = (directory / "step.stablehlo").read_text()
         except OSError as error:
@@ -77,32 +114,44 @@ class Bundle:
         client = self._device.client
         devices = xla_client.DeviceList((self._device,))
         self._executable = client.compile_and_load(program, devices, xla_client.CompileOptions())
-        self._position = self.description["state"].index(self.description["position"])
-        self._load(state or directory / CHECKPOINT)
+        names = self.description["state"]
+        frozen = set(self.description.get("frozen", ()))
+        self._trained = [index for index, name in enumerate(names) if name not in frozen]
+        self._position = names.index(self.description["position"])
+        self._iterations = names.index(self.description["iterations"])
+        self._directory = directory
+        self._set(values)
 
     def _put(self, value: np.ndarray):
         # By default JAX narrows 64-bit integers, such as the step counter.
         with self._jax.enable_x64(True):
             return self._jax.device_put(value, self._device)
 
-    def _load(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as values:
-            missing = [name for name in self.description["state"] if name not in values]
-            if missing:
-                raise ValueError(f"{path}: not a state of this bundle, {len(missing)} variables are missing")
-            self._state = [self._put(values[name]) for name in self.description["state"]]
+    def _set(self, values: Mapping[str, np.ndarray]) -> None:
+        self._state = [self._put(values[name]) for name in self.description["state"]]
+
+    def load(self, path: Path) -> None:
+        """Replaces the state by a checkpoint's.
+
+        Raises:
+            ValueError: it is damaged, or of another bundle.
+        """
+        self._set(read_state(self._directory, path))
 
     @property
     def steps(self) -> int:
-        """Optimization steps done so far."""
-        return int(self._state[self.description["state"].index(self.description["iterations"])])
+        """Optimization steps done so far, without those that were skipped; waits for those that are queued."""
+        return int(self._state[self._iterations])
 
     def step(self, batch: Batch, position: float) -> dict[str, object]:
         """One optimization step; returns its scalars as device arrays, so that the caller need not wait.
 
         Args:
-            batch: NumPy arrays, or arrays on the device.
-            position: where the run's schedules are, in steps.
+            batch: as ``pipeline.to_batch`` makes it, NumPy arrays or arrays on the device.
+            position: where the run's schedules are, in steps of the bundle's own number.
+
+        Raises:
+            ValueError: a batch of other shapes or types than the bundle's.
         """
         inputs = []
         for wanted in self.description["inputs"]:
@@ -115,9 +164,10 @@ class Bundle:
         self._state[self._position] = self._put(np.float32(position))
         results = self._executable.execute([*inputs, *self._state])
         count = len(self.description["outputs"])
-        if len(results) - count != len(self._state):
-            raise RuntimeError(f"the step returned {len(results) - count} of {len(self._state)} state variables")
-        self._state = list(results[count:])
+        if len(results) - count != len(self._trained):
+            raise RuntimeError(f"the step returned {len(results) - count} of {len(self._trained)} state variables")
+        for index, value in zip(self._trained, results[count:]):
+            self._state[index] = value
         return dict(zip(self.description["outputs"], results[:count]))
 
     def save(self, path: Path, names: Iterable[str] | None = None) -> None:
@@ -128,12 +178,12 @@ class Bundle:
         temporary.replace(path)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class RunLimits:
     """When to stop and how often to save.
 
     Attributes:
-        steps: stop at this many optimization steps in total; None: the bundle's own number, if schedules follow it.
+        steps: stop at this many optimization steps in total; None: each bundle's own number, if schedules follow it.
         minutes: stop after this much time; None: no limit.
         schedule: what learning rate and losses follow: "steps", the share of the bundle's number of steps, or
             "minutes", the share of ``minutes``, for a run that has to make the best of its time.
@@ -154,30 +204,84 @@ class RunLimits:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.schedule == "minutes" and self.minutes is None:
             raise ValueError("a schedule of minutes needs a number of minutes")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be above 0, got {self.minutes}")
+        if not self.save_minutes >= 0:
+            raise ValueError(f"save_minutes must be at least 0, got {self.save_minutes}")
+        for name in ("steps", "report_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-class _Record:
-    """What a run leaves of one bundle: checkpoint, log, averages."""
+class _Training:
+    """One bundle's part of a run: its steps, and what it leaves in its directory (checkpoint, log, averages)."""
 
-    def __init__(self, name: str, bundle: Bundle, directory: Path):
-        self.name, self.bundle, self.directory = name, bundle, directory
-        self.checkpoint, self._log = directory / CHECKPOINT, directory / "log.csv"
+    def __init__(self, name: str, bundle: Bundle, directory: Path, limits: RunLimits):
+        self.name, self.checkpoint = name, directory / CHECKPOINT
+        self._bundle, self._directory, self._limits = bundle, directory, limits
+        self._steps = bundle.description["run"]["steps"]
+        self._target = limits.steps or (self._steps if limits.schedule == "steps" else None)
+        # Counted here: to ask the bundle is to wait for it.
+        self.done = bundle.steps
+        self.scalars: dict[str, object] = {}
+        self._log = directory / "log.csv"
         directory.mkdir(parents=True, exist_ok=True)
         if not self._log.exists():
             self._log.write_text("step,samples_per_second," + ",".join(bundle.description["outputs"]) + "\n")
 
-    def write(self, step: int, rate: float, scalars: dict[str, object]) -> str:
+    @property
+    def finished(self) -> bool:
+        return self._target is not None and self.done >= self._target
+
+    def step(self, batch: Batch, time_share: float) -> None:
+        """Queues a step. ``time_share``: how much of the run's time has passed, 0 to 1."""
+        position = self._steps * time_share if self._limits.schedule == "minutes" else self.done
+        self.scalars = self._bundle.step(batch, position)
+        self.done += 1
+
+    def wait(self) -> None:
+        """Waits for the steps that are queued."""
+        self.scalars["loss"].block_until_ready()
+
+    def log(self, rate: float) -> str:
         """Adds a line to the log; returns it for people."""
-        values = {name: float(np.asarray(value)) for name, value in scalars.items()}
+        values = {name: float(np.asarray(value)) for name, value in self.scalars.items()}
         with self._log.open("a") as file:
-            file.write(f"{step},{rate:.1f}," + ",".join(f"{v:.6g}" for v in values.values()) + "\n")
+            file.write(f"{self.done},{rate:.1f}," + ",".join(f"{v:.6g}" for v in values.values()) + "\n")
         return f"{self.name} " + " ".join(f"{k} {v:.4g}" for k, v in values.items())
 
-    def save(self, keep_averages: bool) -> None:
-        self.bundle.save(self.checkpoint)
-        if keep_averages:
-            path = self.directory / f"averages_{self.bundle.steps}.npz"
-            self.bundle.save(path, self.bundle.description["averages"])
+    def save(self) -> None:
+        self._bundle.save(self.checkpoint)
+        if self._limits.keep_averages:
+            names = self._bundle.description["averages"]
+            self._bundle.save(self._directory / f"averages_{self.done}.npz", names)
+
+
+class _Waiting:
+    """How much of the time this process waits for samples and for the device; in the rest it is busy itself."""
+
+    def __init__(self):
+        self._seconds = {"samples": 0.0, "the device": 0.0}
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._seconds[what] += time.monotonic() - began
+
+    def shares(self, seconds: float) -> str:
+        """The shares of the last ``seconds``, for people; counts anew from now on."""
+        parts = [f"{100 * spent / max(seconds, 1e-9):.0f} % for {what}" for what, spent in self._seconds.items()]
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        return "waited " + ", ".join(parts)
+
+
+def check_together(descriptions: Iterable[dict]) -> None:
+    """Raises ValueError if bundles so described cannot see the same batches."""
+    first, *others = (description["inputs"] for description in descriptions)
+    if any(inputs != first for inputs in others):
+        raise ValueError("bundles that run together need one batch size and one crop size")
 
 
 def run(
@@ -191,65 +295,68 @@ def run(
 ) -> list[Path]:
     """Trains until a limit is reached; writes ``state.npz`` and ``log.csv``.
 
-    Several bundles see the same batches, so that what one would be too fast for is rendered once for all.
-    Ctrl-C saves before it ends.
+    Several bundles see the same batches, so that what one would be too fast for is rendered once for all. Each goes on
+    from its own number of steps, and one that has all of them waits for the others. Ctrl-C saves before it ends.
 
     Args:
-        bundles: by name; they have done equally many steps. One alone leaves its files in ``output``, several in
-            directories of their names there.
-        batches: of the bundles' batch size.
+        bundles: by name. One alone leaves its files in ``output``, several in directories of their names there.
+        batches: of the bundles' batch and crop size.
+        report: gets a line every ``limits.report_steps``.
         began: since when ``limits.minutes`` count, by ``time.monotonic``; None: now.
 
     Returns:
         The checkpoints' paths.
 
     Raises:
-        ValueError: the bundles differ in batch size or in steps done.
+        ValueError: the bundles differ in batch or crop size.
+        what ``batches`` raises; the checkpoints stay as they were last saved.
     """
-    first, *others = bundles.values()
-    size, done = first.description["run"]["batch"], first.steps
-    for other in others:
-        if (other.description["run"]["batch"], other.steps) != (size, done):
-            raise ValueError("bundles that run together need one batch size and equally many steps done")
-    records = [
-        _Record(name, bundle, output / name if others else output) for name, bundle in bundles.items()
+    descriptions = [bundle.description for bundle in bundles.values()]
+    check_together(descriptions)
+    size = descriptions[0]["inputs"][0]["shape"][0]
+    trainings = [
+        _Training(name, bundle, output / name if len(bundles) > 1 else output, limits)
+        for name, bundle in bundles.items()
     ]
-    target = limits.steps or (first.description["run"]["steps"] if limits.schedule == "steps" else None)
-    started = saved = reported = time.monotonic()
+    started = saved = reported = now = time.monotonic()
     end = None if limits.minutes is None else (started if began is None else began) + 60 * limits.minutes
-    start = reported_at = done
-    now = started
-    waiting: collections.deque = collections.deque()
+    seen = unreported = 0
+    waiting = _Waiting()
+    queued: collections.deque = collections.deque()
     try:
-        while target is None or done < target:
-            batch = next(batches)
-            share = (now - started) / max(end - started, 1e-9) if limits.schedule == "minutes" else None
-            scalars = []
-            for bundle in bundles.values():
-                position = done if share is None else share * bundle.description["run"]["steps"]
-                scalars.append(bundle.step(batch, position))
-            done += 1
-            # Steps are queued; with too many of them ahead their batches would fill the memory.
-            waiting.append(scalars[-1]["loss"])
-            if len(waiting) > _STEPS_AHEAD:
-                waiting.popleft().block_until_ready()
+        while active := [training for training in trainings if not training.finished]:
+            with waiting.on("samples"):
+                batch = next(batches)
+            # Time that was spent on compiling is none of the schedule's.
+            share = 0.0 if end is None else min((now - started) / max(end - started, 1e-9), 1.0)
+            for training in active:
+                training.step(batch, share)
+            seen += 1
+            unreported += 1
+            queued.append(active[-1].scalars["loss"])
+            if len(queued) > _STEPS_AHEAD:
+                with waiting.on("the device"):
+                    queued.popleft().block_until_ready()
             now = time.monotonic()
             out_of_time = end is not None and now > end
-            if (done - start) % limits.report_steps == 0 or done == target or out_of_time:
-                scalars[-1]["loss"].block_until_ready()
+            if seen % limits.report_steps == 0 or out_of_time or any(training.finished for training in active):
+                with waiting.on("the device"):
+                    for training in active:
+                        training.wait()
                 now = time.monotonic()
-                rate = size * (done - reported_at) / max(now - reported, 1e-9)
-                reported, reported_at = now, done
-                lines = [record.write(done, rate, values) for record, values in zip(records, scalars)]
-                report(f"step {done}: {rate:.0f} samples/s " + "; ".join(lines))
+                rate = size * unreported / max(now - reported, 1e-9)
+                lines = [training.log(rate) for training in active]
+                waits = waiting.shares(now - reported)
+                report(f"step {active[0].done}: {rate:.0f} samples/s, {waits}; " + "; ".join(lines))
+                reported, unreported = now, 0
             if out_of_time:
                 break
             if now - saved > 60 * limits.save_minutes:
-                for record in records:
-                    record.save(limits.keep_averages)
+                for training in trainings:
+                    training.save()
                 saved = now
     except KeyboardInterrupt:
         report("interrupted")
-    for record in records:
-        record.save(limits.keep_averages)
-    return [record.checkpoint for record in records]
+    for training in trainings:
+        training.save()
+    return [training.checkpoint for training in trainings]

@@ -16,21 +16,26 @@ from qpwc_core.data.shared_samples import Chunk, layout
 
 #: Arrays of more elements than this would need 64-bit indices, which are slow or missing on accelerators.
 _LARGEST_ARRAY = 2**31 - 1
+#: Seconds that the end of a run waits for the thread that fills the pool.
+_PATIENCE = 2.0
 
 
 class DevicePool:
-    """Packed samples on a device, the oldest replaced first.
+    """Packed samples on JAX's default device, the oldest replaced first; 11 bytes per pixel of each.
 
-    May be filled by one thread and drawn from by another.
+    May be filled by one thread and drawn from by another. The samples lie in one or more slabs: arrays of at most
+    ``_LARGEST_ARRAY`` elements, that are filled in turn.
 
     Attributes:
         drawn: samples drawn so far.
 
     Args:
-        capacity: samples it holds at most, rounded down to whole chunks and slabs.
+        capacity: samples it holds at most, rounded down to whole chunks, equally many in each slab.
         chunk: samples per :meth:`add`.
-        height, width: of the samples added; crop: height and width of the samples drawn, not larger.
+        height, width: of the samples added, in pixels.
+        crop: height and width of the samples drawn, not larger.
         batch: samples per draw.
+        seed: decides what is drawn, and how it is cut, mirrored and coloured.
 
     Raises:
         ValueError: a crop larger than the samples, or less capacity than one chunk.
@@ -46,9 +51,10 @@ class DevicePool:
         if capacity < chunk:
             raise ValueError(f"a pool of {capacity} samples does not hold a chunk of {chunk}")
         shapes = layout(height, width)
-        most = _LARGEST_ARRAY // max(int(np.prod(shape)) for shape, _ in shapes.values())
-        self._chunks_per_slab = max(1, min(most, capacity) // chunk)
-        slabs = max(1, capacity // (self._chunks_per_slab * chunk))
+        most = _LARGEST_ARRAY // (chunk * max(int(np.prod(shape)) for shape, _ in shapes.values()))
+        chunks = capacity // chunk
+        slabs = -(-chunks // max(1, most))
+        self._chunks_per_slab = chunks // slabs
         self._chunk, self._batch, self._crop = chunk, batch, crop
         self._margin = (height - crop[0], width - crop[1])
         rows = self._chunks_per_slab * chunk
@@ -56,7 +62,7 @@ class DevicePool:
             lambda: {name: jax.numpy.zeros((rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
         )
         self._slabs = [zeros() for _ in range(slabs)]
-        self._added = 0
+        self._chunks_added = 0
         self.drawn = 0
         self._rng = np.random.default_rng(seed)
         self._lock = threading.Lock()
@@ -66,36 +72,39 @@ class DevicePool:
 
     @property
     def capacity(self) -> int:
+        """Samples it holds at most."""
         return len(self._slabs) * self._chunks_per_slab * self._chunk
 
     @property
     def added(self) -> int:
         """Samples added so far, those replaced since included."""
-        return self._added * self._chunk
+        return self._chunks_added * self._chunk
 
     def add(self, chunk: Chunk) -> None:
-        """Adds a chunk of ``shared_samples.sample_chunks``."""
+        """Adds a chunk of ``shared_samples.sample_chunks``, of the pool's size."""
         on_device = self._jax.device_put(chunk)
         with self._lock:
             # Slabs in turn, so that each has samples of all ages.
-            turn, slab = divmod(self._added, len(self._slabs))
+            turn, slab = divmod(self._chunks_added, len(self._slabs))
             start = turn % self._chunks_per_slab * self._chunk
             self._slabs[slab] = self._insert(self._slabs[slab], on_device, start)
-            self._added += 1
+            self._chunks_added += 1
 
     def draw(self) -> dict[str, object]:
-        """A batch as ``pipeline.to_batch`` makes it, as arrays on the device.
+        """A batch as ``pipeline.to_batch`` makes it, BxHxWx3, x3, x2 and x1, as arrays on the device.
+
+        All of it comes from one slab, with one order of the colours.
 
         Raises:
             ValueError: nothing has been added yet.
         """
         rng = self._rng
         with self._lock:
-            if not self._added:
+            if not self._chunks_added:
                 raise ValueError("the pool is empty")
             self.drawn += self._batch
-            index = int(rng.integers(min(self._added, len(self._slabs))))
-            turns = -(-(self._added - index) // len(self._slabs))
+            index = int(rng.integers(min(self._chunks_added, len(self._slabs))))
+            turns = -(-(self._chunks_added - index) // len(self._slabs))
             filled = min(turns, self._chunks_per_slab) * self._chunk
             rows = rng.integers(0, filled, self._batch, dtype=np.int32)
             corners = np.stack([rng.integers(0, m + 1, self._batch, dtype=np.int32) for m in self._margin], axis=1)
@@ -105,13 +114,22 @@ class DevicePool:
 
 
 def _insert(slab, chunk, start):
+    """The slab with a chunk in its rows from ``start`` on."""
     from jax import lax
 
     return {name: lax.dynamic_update_slice_in_dim(slab[name], chunk[name], start, 0) for name in slab}
 
 
 def _cut(slab, rows, corners, mirrored, colors, crop):
-    """Cuts samples out of a slab, mirrors them (columns: down, across) and permutes their colours."""
+    """Cuts samples out of a slab, mirrors them and permutes their colours.
+
+    Args:
+        slab: arrays of packed samples, Nx the shapes of ``shared_samples.layout``.
+        rows: B, which samples; corners: Bx2, y and x of their upper left corners.
+        mirrored: Bx2, whether up and down change places, and left and right.
+        colors: the 3 channels' new order.
+        crop: height and width.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -139,6 +157,7 @@ def pooled_batches(pool: DevicePool, chunks: Iterator[Chunk], first: int) -> Ite
     """Batches of a pool that a thread keeps filling from ``chunks``, for a ``with`` statement.
 
     Args:
+        chunks: endless; only the thread may use it.
         first: samples that are there before the first batch is drawn.
 
     Raises (from the iterator):
@@ -157,6 +176,7 @@ def pooled_batches(pool: DevicePool, chunks: Iterator[Chunk], first: int) -> Ite
                     ready.set()
         except BaseException as error:  # raised again where batches are asked for
             failed.append(error)
+        finally:
             ready.set()
 
     thread = threading.Thread(target=fill, daemon=True)
@@ -173,3 +193,6 @@ def pooled_batches(pool: DevicePool, chunks: Iterator[Chunk], first: int) -> Ite
         yield batches()
     finally:
         ending.set()
+        # The interpreter must not end under a thread that is inside of the device's runtime; one that waits for samples
+        # does no harm.
+        thread.join(_PATIENCE)

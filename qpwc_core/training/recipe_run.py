@@ -24,6 +24,7 @@ import tf_keras as keras
 from qpwc_core import atomic, evaluation
 from qpwc_core.cli.common import print_table
 from qpwc_core.errors import QpwcError
+from qpwc_core.model.network import build_network
 from qpwc_core.quantization.pipeline import quantize
 from qpwc_core.training import bundle, bundle_runner, card, loop
 from qpwc_core.training.interpolation import PreTrainConfig, pre_train
@@ -310,8 +311,7 @@ def _run_bundle(stage: Stage) -> Outcome:
             f"{stage.label}: {done} of {config.steps} steps are done; where JAX is, run {command} until {state} has all "
             "of them, then this again"
         )
-    # Frozen layers are no part of the state: they come from the initial weights.
-    network, _ = loop.make_network(config)
+    network = build_network(loop.network_config(config.network), config.height, config.width)
     bundle.load_weights(stage.directory, state, network)
     loop.save_weights(network, stage.weights)
     seconds = _bundle_seconds(state.with_name("log.csv"), config.batch)
