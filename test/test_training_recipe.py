@@ -326,7 +326,7 @@ def test_a_bundle_waits_for_its_steps_and_then_goes_on(tmp_path, single_point, c
 def test_a_damaged_state_is_refused(tmp_path, single_point, common, capsys):
     directory = tmp_path / "out" / "01_train"
     (directory / "run").mkdir(parents=True)
-    (directory / "bundle.json").write_text('{"iterations": "0000"}')
+    (directory / "bundle.json").write_text('{"iterations": "0000", "position": "0001"}')
     (directory / "run" / "state.npz").write_bytes(b"half of it")
     config = write(tmp_path / "tiny.yaml", [{"train": {**SMALL, "via": "bundle"}}], common=common)
     assert run(tmp_path, config) == 1
