@@ -1,12 +1,20 @@
 """ros2 launch qpwc_ros demo.launch.py source:=street.mp4
 
 For people without a camera driver: node `camera` plays a video file, a folder of images or a USB camera, and
-node `flow` computes from it, each in its own process. Takes the arguments of flow.launch.py too.
+node `flow` computes from it, each in its own process; when one ends, so does the other. Takes the arguments
+of flow.launch.py too.
 """
 
 import os
 
-from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, OpaqueFunction
+from launch.actions import (
+    DeclareLaunchArgument,
+    IncludeLaunchDescription,
+    OpaqueFunction,
+    RegisterEventHandler,
+    Shutdown,
+)
+from launch.event_handlers import OnProcessExit
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
@@ -26,15 +34,25 @@ ARGUMENTS = {
 }
 
 
-def start_camera(context: LaunchContext):
-    """Node `camera`, once the arguments are known."""
-    given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+def camera_parameters(given):
+    """The parameters of node `camera` by the text of all arguments."""
     # launch_ros would read "0" as a number, but it names a device.
     values = {name: ParameterValue(given[name], value_type=str) for name in ("source", "calibration")}
     if given["rate"]:
         values["rate"] = number(given["rate"])
     if given["loop"]:
         values["loop"] = truth(given["loop"])
+    return values
+
+
+def refuse(context: LaunchContext):
+    """Raise for an impossible value while nothing runs: a launch that fails leaves behind what it started."""
+    camera_parameters({name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS})
+
+
+def start_camera(context: LaunchContext):
+    """Node `camera`, once the arguments are known."""
+    given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     image = given["image"]
     folder = image.rpartition("/")[0]
     remappings = [("image", image), ("image/compressed", f"{image}/compressed")]
@@ -45,7 +63,7 @@ def start_camera(context: LaunchContext):
         executable="camera",
         name="camera",
         namespace=given["namespace"],
-        parameters=[values],
+        parameters=[camera_parameters(given)],
         remappings=remappings,
         output="screen",
     )
@@ -67,6 +85,16 @@ def truth(text):
     return text.lower() in ("true", "1")
 
 
+def is_ours(action):
+    """Whether it is one of the two nodes, and not of a launch file that includes this one."""
+    return isinstance(action, Node) and action.node_package == "qpwc_ros"
+
+
+def end(event, context: LaunchContext):
+    """What is left when a node has ended, which may have refused a value, is of no use."""
+    return None if context.is_shutdown else [Shutdown(reason=f"{event.process_name} has ended")]
+
+
 def generate_launch_description():
     """The arguments, then node `flow` with the shared-memory profile for both, then node `camera`."""
     arguments = [
@@ -74,4 +102,8 @@ def generate_launch_description():
         for name, (default, description) in ARGUMENTS.items()
     ]
     flow = IncludeLaunchDescription(PythonLaunchDescriptionSource(FLOW))
-    return LaunchDescription([*arguments, flow, OpaqueFunction(function=start_camera)])
+    before = [
+        OpaqueFunction(function=refuse),
+        RegisterEventHandler(OnProcessExit(target_action=is_ours, on_exit=end)),
+    ]
+    return LaunchDescription([*arguments, *before, flow, OpaqueFunction(function=start_camera)])

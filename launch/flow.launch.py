@@ -8,6 +8,7 @@ import os
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
+from launch_ros.utilities import prefix_namespace
 
 from launch import LaunchContext, LaunchDescription
 from qpwc_ros.share import share_file, use_large_shared_memory
@@ -85,11 +86,21 @@ def parameter_value(name, text):
         raise ValueError(f"launch argument {name}:={text} is no {what}") from None
 
 
+def logger_name(context, namespace):
+    """What the node's logger is called, below namespaces that an including launch file has pushed too."""
+    whole = prefix_namespace(context.launch_configurations.get("ros_namespace"), namespace)
+    return ".".join([*filter(None, whole.split("/")), "flow"])
+
+
 def start_node(context: LaunchContext):
     """The node, once the arguments are known."""
     given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    # launch_ros would only warn, and the node start with its defaults.
+    if not os.path.isfile(given["params_file"]):
+        raise ValueError(f"launch argument params_file:={given['params_file']} is no file")
     overrides = {name: parameter_value(name, given[name]) for name in PARAMETERS if given[name]}
     remappings = [(name, given[name]) for name in ("image", "camera_info") if given[name]]
+    log_level = f"{logger_name(context, given['namespace'])}:={given['log_level']}"
     node = LifecycleNode(
         package="qpwc_ros",
         executable="flow",
@@ -97,7 +108,7 @@ def start_node(context: LaunchContext):
         namespace=given["namespace"],
         parameters=[given["params_file"], overrides] if overrides else [given["params_file"]],
         remappings=remappings,
-        arguments=["--ros-args", "--log-level", f"flow:={given['log_level']}"],
+        arguments=["--ros-args", "--log-level", log_level],
         output="screen",
     )
     return [node]

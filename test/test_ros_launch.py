@@ -20,7 +20,12 @@ launch_ros = pytest.importorskip(
 if not hasattr(launch, "LaunchDescription"):
     pytest.skip("PyPI's package called launch is another thing", allow_module_level=True)
 
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
+from launch.actions import (
+    DeclareLaunchArgument,
+    IncludeLaunchDescription,
+    OpaqueFunction,
+    SetEnvironmentVariable,
+)
 from ros_harness import ROOT, SECOND, Client, MovingTexture, flow_error, image, wait_until
 from sensor_msgs.msg import Image
 
@@ -66,6 +71,26 @@ def test_a_value_of_the_wrong_type_is_named(module, given):
         module.parameter_value(*given)
 
 
+@pytest.mark.parametrize(
+    "given", [("", "", "flow"), ("", "/a/b/", "a.b.flow"), ("/c", "a", "c.a.flow"), ("/c", "/a", "a.flow")]
+)
+def test_the_log_level_is_for_the_nodes_logger(module, given):
+    pushed, namespace, name = given
+    context = launch.LaunchContext()
+    if pushed:
+        context.launch_configurations["ros_namespace"] = pushed
+    assert module.logger_name(context, namespace) == name
+
+
+def test_a_parameter_file_that_is_not_there_is_named(module, tmp_path):
+    context = launch.LaunchContext()
+    context.launch_configurations.update({name: default for name, (default, _) in module.ARGUMENTS.items()})
+    assert len(module.start_node(context)) == 1
+    context.launch_configurations["params_file"] = str(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="params_file:=.*none.yaml"):
+        module.start_node(context)
+
+
 def start(folder, file, arguments):
     """Launch a file in a process of its own; its output goes to out.txt in the folder."""
     # An installation prefix as colcon lays it out, with only what `ros2 launch` looks at.
@@ -83,7 +108,7 @@ def start(folder, file, arguments):
     driver = (
         "import sys; from launch import *; from launch.actions import IncludeLaunchDescription as I\n"
         "from launch.launch_description_sources import PythonLaunchDescriptionSource as S\n"
-        f"s = LaunchService(); a = {list(arguments.items())!r}\n"
+        f"s = LaunchService(noninteractive=True); a = {list(arguments.items())!r}\n"
         f"s.include_launch_description(LaunchDescription([I(S({str(file)!r}), launch_arguments=a)]))\n"
         "sys.exit(s.run())\n"
     )
@@ -132,7 +157,9 @@ def test_what_it_starts(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
         wait_until(lambda: not client.node.count_publishers("/robot/flow/flow"), 30, "node gone")
-        assert "process has finished cleanly" in (tmp_path / "out.txt").read_text()
+        out = (tmp_path / "out.txt").read_text()
+        assert "process has finished cleanly" in out
+        assert "[robot.flow]" not in out, "log_level warn"
     except BaseException:
         print((tmp_path / "out.txt").read_text())
         raise
@@ -175,6 +202,25 @@ def test_the_demo_plays_a_video_into_the_flow(tmp_path):
         client.close()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [({"estimator": "none"}, "flow: parameter estimator"), ({"calibration": "/none"}, "camera: parameter")],
+)
+def test_the_demo_ends_when_a_node_refuses_a_value(tmp_path, given):
+    arguments, line = given
+    process = start(tmp_path, DEMO, {"source": str(tmp_path), "estimator": "dis", **arguments})
+    try:
+        process.wait(60)
+        assert line in (tmp_path / "out.txt").read_text()
+    except BaseException:
+        print((tmp_path / "out.txt").read_text())
+        raise
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
+
+
 @pytest.mark.parametrize("given", [{"rate": "fast"}, {"loop": "perhaps"}])
 def test_a_value_of_the_demo_of_the_wrong_type_is_named(given):
     spec = importlib.util.spec_from_file_location("demo_launch", DEMO)
@@ -186,4 +232,7 @@ def test_a_value_of_the_demo_of_the_wrong_type_is_named(given):
     context.launch_configurations.update(given)
     ((name, value),) = given.items()
     with pytest.raises(ValueError, match=f"{name}:={value}"):
-        module.start_camera(context)
+        for entity in module.generate_launch_description().entities:
+            assert not isinstance(entity, IncludeLaunchDescription), "node flow would be left behind"
+            if isinstance(entity, OpaqueFunction):
+                entity.execute(context)

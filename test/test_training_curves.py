@@ -59,7 +59,7 @@ def test_the_tables_of_the_documentation_are_read():
     assert tables
     for table in tables:
         curve = read_curve(table)
-        assert len(curve.samples) > 10 and curve.samples == sorted(curve.samples)
+        assert len(curve.samples) > 3 and curve.samples == sorted(curve.samples)
 
 
 def test_the_program_draws_several_runs_into_one_picture(tmp_path, capsys):

@@ -41,8 +41,8 @@ def test_the_flow_path_stays_float32_and_the_rest_does_not(precision):
     network = with_precision(build_network(OPERATING_POINTS["qpwc"], 64, 64), precision)
     full = {layer.name for layer in network.layers if layer.compute_dtype == "float32"}
     parts = {name.rsplit("_", 1)[0] for name in full - {"images"}}
-    others = {"warp", "shares", "match", "hidden_up"}
-    assert parts - {"flow_context"} == {"flow_step", "flow_add", "flow_up", "flow_input"} | others
+    others = {"warp", "shares", "vote_shares", "match", "hidden_up"}
+    assert parts == {"flow_step", "flow_context", "flow_add", "flow_up", "flow_input"} | others
     assert all(stays_float32(network.get_layer(name)) for name in full - {"images"})
     for name in ("encoder_1_down", "decoder_3_conv0", "cost_3", "project_cost_5", "embed_4"):
         assert network.get_layer(name).output.dtype == HALF[precision]
