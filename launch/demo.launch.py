@@ -45,14 +45,19 @@ def camera_parameters(given):
     return values
 
 
+def texts(context: LaunchContext):
+    """The text of every argument."""
+    return {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+
+
 def refuse(context: LaunchContext):
     """Raise for an impossible value while nothing runs: a launch that fails leaves behind what it started."""
-    camera_parameters({name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS})
+    camera_parameters(texts(context))
 
 
 def start_camera(context: LaunchContext):
     """Node `camera`, once the arguments are known."""
-    given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    given = texts(context)
     image = given["image"]
     folder = image.rpartition("/")[0]
     remappings = [("image", image), ("image/compressed", f"{image}/compressed")]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_scenes import small_bank
-from training_parts import DEEP, SHALLOW, pairs, tf
+from training_parts import DEEP, SHALLOW, batch_of, pairs, tf
 
 pytest.importorskip("tensorflow_model_optimization")
 
@@ -188,19 +188,13 @@ def test_fine_tuning_towards_the_float_network(shallow):
     quantized.set_weights(calibrated.get_weights())
     trainer = DistilledTrainer(quantized, network, 1.0)
     prepare_optimizer(trainer, TrainConfig(steps=40, warmup=1, learning_rate=1e-3, weight_decay=0.0), jit_compile=False)
-    images = pairs(2, SHALLOW.height, SHALLOW.width)
-    shape = (2, SHALLOW.height, SHALLOW.width)
-    batch = {
-        "prev": tf.constant(images[:2]),
-        "next": tf.constant(images[2:]),
-        "flow": tf.zeros((*shape, 2)),  # with a share of 1 what is said to be true has no say
-        "valid": tf.ones((*shape, 1)),
-    }
+    batch = batch_of(2)  # with a share of 1 the flow that it says is true has no say
+    images = tf.concat([batch["prev"], batch["next"]], axis=0)
     before = network.get_weights()
     update = tf.function(trainer.update)
     losses = [float(update(batch)["loss"]) for _ in range(30)]
-    wanted = network(normalize(tf.constant(images)), training=False)
-    with_rounding = calibrated(normalize(tf.constant(images)), training=False)
+    wanted = network(normalize(images), training=False)
+    with_rounding = calibrated(normalize(images), training=False)
     assert losses[0] == pytest.approx(float(teacher_loss(with_rounding, wanted)), rel=1e-3)
     assert np.mean(losses[-5:]) < 0.9 * losses[0]
     for old, new in zip(before, network.get_weights()):

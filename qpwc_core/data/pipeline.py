@@ -83,13 +83,18 @@ class PipelineConfig:
         return load_bank(Path(self.textures)) if self.textures else procedural_bank(seed)
 
 
+def pixel_weights(sample: Sample, occluded_weight: float) -> np.ndarray:
+    """The weight of each pixel in the loss, float64 HxW: 0 where the flow is unknown, ``occluded_weight`` where its
+    target cannot be seen, else 1."""
+    return sample.valid * np.where(sample.occluded, occluded_weight, 1.0)
+
+
 def to_batch(samples: list[Sample], occluded_weight: float = 1.0) -> Batch:
     """Stacks samples: uint8 ``prev``, ``next`` BxHxWx3; float32 ``flow`` BxHxWx2 and ``valid`` BxHxWx1.
 
-    ``valid`` is the weight of a pixel in the loss: 0 where the flow is unknown, ``occluded_weight`` where its
-    target cannot be seen, else 1.
+    ``valid`` is what :func:`pixel_weights` gives.
     """
-    weights = [sample.valid * np.where(sample.occluded, occluded_weight, 1.0) for sample in samples]
+    weights = [pixel_weights(sample, occluded_weight) for sample in samples]
     return {
         "prev": np.stack([sample.prev for sample in samples]),
         "next": np.stack([sample.next for sample in samples]),
@@ -155,12 +160,22 @@ def batches(config: PipelineConfig, seed: int) -> Iterator[Batch]:
             pool[index] = next(samples)
 
 
-def _work(config: PipelineConfig, seed: int, output: multiprocessing.connection.Connection) -> None:
+def worker_seed(seed: int, index: int) -> int:
+    """Seed of a run's worker ``index``: no two render the same scenes."""
+    return seed + 7919 * index
+
+
+def prepare_worker() -> None:
+    """What a rendering process does first."""
     import cv2
 
     # Ctrl-C reaches the whole process group; the parent alone decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
+
+
+def _work(config: PipelineConfig, seed: int, output: multiprocessing.connection.Connection) -> None:
+    prepare_worker()
     try:
         for batch in batches(config, seed):
             output.send(batch)
@@ -209,7 +224,7 @@ def worker_batches(config: PipelineConfig, seed: int, workers: int) -> Iterator[
     try:
         for index in range(workers):
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(config, seed + 7919 * index, sending), daemon=True)
+            process = context.Process(target=_work, args=(config, worker_seed(seed, index), sending), daemon=True)
             processes[receiving] = process
             process.start()
             # The worker's is then the only writing end, so that its death is seen.

@@ -7,13 +7,12 @@ import dataclasses
 import multiprocessing
 import os
 import queue
-import signal
 import threading
 from typing import Iterator
 
 import numpy as np
 
-from qpwc_core.data.pipeline import PipelineConfig, flow_samples
+from qpwc_core.data.pipeline import PipelineConfig, flow_samples, pixel_weights, prepare_worker, worker_seed
 from qpwc_core.data.render import Sample
 from qpwc_core.errors import QpwcError
 
@@ -33,8 +32,8 @@ _LARGEST_HALF = 60_000.0
 def layout(height: int, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of a packed sample's arrays.
 
-    ``images`` is prev and next side by side in the channels; ``flow`` float16, in pixels; ``weight`` 255 times the
-    ``valid`` of ``pipeline.to_batch``.
+    ``images`` is prev and next side by side in the channels; ``flow`` float16, in pixels; ``weight`` 255 times
+    ``pipeline.pixel_weights``.
     """
     return {
         "images": ((height, width, 6), np.dtype(np.uint8)),
@@ -47,15 +46,14 @@ def pack(sample: Sample, occluded_weight: float) -> Chunk:
     """A sample in two thirds of its memory, see :func:`layout`.
 
     Args:
-        occluded_weight: see ``pipeline.to_batch``.
+        occluded_weight: see ``pipeline.pixel_weights``.
     """
     known = sample.valid[..., None]
     flow = np.clip(np.where(known, sample.flow, 0), -_LARGEST_HALF, _LARGEST_HALF)
-    weight = sample.valid * np.where(sample.occluded, occluded_weight, 1.0)
     return {
         "images": np.concatenate([sample.prev, sample.next], axis=-1),
         "flow": flow.astype(np.float16),
-        "weight": np.rint(255 * weight).astype(np.uint8)[..., None],
+        "weight": np.rint(255 * pixel_weights(sample, occluded_weight)).astype(np.uint8)[..., None],
     }
 
 
@@ -91,13 +89,9 @@ def _end_with_parent() -> None:
 
 def _work(config: PipelineConfig, seed: int, slots: _Slots, free, filled) -> None:
     """What a worker does: takes numbers of slots from ``free``, hands them back by ``filled``, or an error."""
-    import cv2
-
-    # Ctrl-C reaches the whole process group; the parent alone decides when a worker ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare_worker()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(_NICENESS)
-    cv2.setNumThreads(1)
     arrays = slots.arrays()
     try:
         for sample in flow_samples(config, config.load_textures(seed), np.random.default_rng(seed)):
@@ -138,7 +132,7 @@ def sample_chunks(config: PipelineConfig, seed: int, workers: int, size: int) ->
     for index in range(slots.count):
         free.put(index)
     processes = [
-        context.Process(target=_work, args=(config, seed + 7919 * index, slots, free, filled), daemon=True)
+        context.Process(target=_work, args=(config, worker_seed(seed, index), slots, free, filled), daemon=True)
         for index in range(workers)
     ]
 

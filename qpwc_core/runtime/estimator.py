@@ -30,12 +30,13 @@ class Features:
 
     Attributes:
       height, width: The image, in pixels.
+      size: The network's input that the image was given to.
     """
 
     height: int
     width: int
+    size: InputSize
     _arrays: Mapping[str, np.ndarray]
-    _size: InputSize
     _info: ModelInfo
 
 
@@ -176,9 +177,9 @@ class FlowEstimator:
                 f"prev and next differ in size: {(prev.height, prev.width)} and {(next.height, next.width)}"
             )
         sides = {_PREV: prev._arrays, _NEXT: next._arrays}
-        inputs = {side + name: sides[side][name] for side, name in self._match_inputs[prev._size]}
-        flow = self._engine.run(prev._size.match, inputs)[_FLOW][0]
-        return self._fit(prev.height, prev.width, prev._size).to_image(flow)
+        inputs = {side + name: sides[side][name] for side, name in self._match_inputs[prev.size]}
+        flow = self._engine.run(prev.size.match, inputs)[_FLOW][0]
+        return self._fit(prev.height, prev.width, prev.size).to_image(flow)
 
     def _features(self, image: np.ndarray | Features, name: str) -> Features:
         if isinstance(image, Features):
@@ -188,7 +189,7 @@ class FlowEstimator:
         size = self.info.size_for(height, width)
         net_image = self._fit(height, width, size).to_network(rgb)
         arrays = self._engine.run(size.encode, {_IMAGE: net_image[None]})
-        return Features(height, width, arrays, size, self.info)
+        return Features(height, width, size, arrays, self.info)
 
     def _fit(self, height: int, width: int, size: InputSize) -> NetworkFit:
         return NetworkFit(height, width, size.height, size.width, self.info.flow_stride)

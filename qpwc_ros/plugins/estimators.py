@@ -34,8 +34,9 @@ class TfliteEstimator(Estimator):
         _delegate(options)
 
     def encode(self, image: np.ndarray) -> Any:
-        self._input = str(self._estimator.info.size_for(*image.shape[:2]))
-        return self._estimator.encode(image)
+        features = self._estimator.encode(image)
+        self._input = str(features.size)
+        return features
 
     def match(self, prev: Any, next: Any) -> np.ndarray:
         return self._estimator.match(prev, next)
