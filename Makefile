@@ -14,6 +14,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DEMO_BAG ?= test/data/city
 DEMO_OUT ?= out/demo
+# In-between frames need flow both ways: for that in real time on two cores it takes the fast model.
+DEMO_MODEL ?= qpwc_fast
 DEMO_OPTIONS ?=
 TEST_OPTIONS ?=
 # How many tests run side by side, of those that may.
@@ -52,7 +54,7 @@ PYTEST = $(ENV) TF_USE_LEGACY_KERAS=1 .venv-test/bin/python -m pytest
 .PHONY: demo test weights docs lint clean
 
 demo: .venv/installed
-	@$(ENV) .venv/bin/qpwc replay $(DEMO_BAG) --live --report $(DEMO_OUT) $(DEMO_OPTIONS)
+	@$(ENV) .venv/bin/qpwc replay $(DEMO_BAG) --live --model $(DEMO_MODEL) --report $(DEMO_OUT) $(DEMO_OPTIONS)
 
 test: .venv-test/installed
 	@failed=; \
