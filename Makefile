@@ -48,7 +48,7 @@ endif
 # What TensorFlow needs and other groups have pinned before it is in build and replay.
 WEIGHTS_REQUIREMENTS := build runtime replay train
 
-# With as many processes as cores, TensorFlow's threads would only wait for each other. Status 5: no tests chosen.
+# Status 5: no tests chosen.
 PYTEST = $(ENV) TF_USE_LEGACY_KERAS=1 .venv-test/bin/python -m pytest
 
 .PHONY: demo test weights docs lint clean

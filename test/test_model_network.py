@@ -71,6 +71,8 @@ def test_a_configuration_survives_json(name):
     config = OPERATING_POINTS[name]
     assert config.name == name
     assert NetworkConfig.from_mapping(json.loads(config.to_json())) == config
+    assert len(config.input_sizes) == (9 if name == "qpwc" else 8)
+    assert config.input_sizes[0] == ((640, 832) if name == "qpwc" else (480, 640))
 
 
 def test_the_shipped_networks_differ_in_what_they_see_not_in_what_they_are():

@@ -13,7 +13,14 @@ from qpwc_core.runtime.engine import import_runtime
 from qpwc_core.runtime.models import find_model, read_model_info
 
 FAST = "qpwc_fast"
-INPUTS = [(size.height, size.width) for size in read_model_info(find_model(FAST)).sizes]
+
+
+def inputs_of(model: str) -> list[tuple[int, int]]:
+    """(height, width) of a bundled model's inputs."""
+    return [(size.height, size.width) for size in read_model_info(find_model(model)).sizes]
+
+
+INPUTS = inputs_of(FAST)
 
 
 @pytest.fixture(scope="module")
@@ -78,28 +85,37 @@ def test_results_belong_to_the_caller(estimator, pair):
 @pytest.mark.parametrize("size", INPUTS)
 def test_an_image_of_an_input_size_is_not_resized(fast, size):
     """What comes out is the network's own flow, up to the upsampling of its grid."""
-    estimator = fast
     images = [texture(*size, seed=seed) for seed in (1, 2)]
-    interpreter = import_runtime()[0].Interpreter(str(estimator.info.path), num_threads=estimator.threads)
+    interpreter = import_runtime()[0].Interpreter(str(fast.info.path), num_threads=fast.threads)
     interpreter.allocate_tensors()
-    chosen = next(one for one in estimator.info.sizes if (one.height, one.width) == size)
+    chosen = next(one for one in fast.info.sizes if (one.height, one.width) == size)
     encode, match = map(interpreter.get_signature_runner, (chosen.encode, chosen.match))
     features = {}
     for side, image in zip(("prev_", "next_"), images):
         features.update({side + name: value.copy() for name, value in encode(image=image[None]).items()})
     flow = match(**{name: features[name] for name in match.get_input_details()})["flow"][0]
-    np.testing.assert_array_equal(estimator(*images), cv2.resize(flow, size[::-1]))
+    np.testing.assert_array_equal(fast(*images), cv2.resize(flow, size[::-1]))
 
 
 @pytest.mark.parametrize("precision", ["int8", "float32"])
-@pytest.mark.parametrize("size", INPUTS)
-def test_translation_is_seen_by_every_input_size(precision, size):
-    estimator = FlowEstimator.load(FAST, precision=precision)
+@pytest.mark.parametrize("model, size", [(model, size) for model in ("qpwc", FAST) for size in inputs_of(model)])
+def test_translation_is_seen_by_every_input_size(precision, model, size):
+    estimator = FlowEstimator.load(model, precision=precision)
+    wanted, size = size, tuple(round(side / estimator.info.enlarge) for side in size)
+    chosen = estimator.info.size_for(*size)
+    assert (chosen.height, chosen.width) == wanted
     canvas = texture(size[0] + 40, size[1] + 40, smoothness=3)
     inner = (slice(20, -20), slice(20, -20))
     for dx, dy in ((0, 0), (4, -3), (-9, 6)):
         flow = estimator(shifted(canvas, 0, 0, *size), shifted(canvas, dx, dy, *size))
         assert epe(flow[inner], constant_flow(*size, dx, dy)[inner]) < 1
+
+
+def test_every_bundled_model_has_the_common_sizes(fast, estimator):
+    assert INPUTS[:4] == [(480, 640), (352, 640), (384, 512), (256, 320)]
+    assert inputs_of("qpwc")[:4] == [(640, 832), (480, 832), (512, 672), (320, 416)]
+    assert fast.info.size_for(64, 64).encode == "encode_256x320"
+    assert estimator.info.size_for(64, 64).encode == "encode_320x416"
 
 
 @pytest.mark.parametrize("precision", ["int8", "float32"])
@@ -123,7 +139,7 @@ def test_common_images_have_an_input_that_suits_them(precision, image, fast, acc
         assert str(read_model_info(find_model(model, precision)).size_for(*image)) == expected
 
 
-def test_refinement_is_what_the_model_says_and_can_be_chosen(pair):
+def test_refinement_is_what_the_model_says_and_can_be_chosen():
     """It brings a motion between pixels nearer to the truth, and without it the flow is the network's."""
     canvas = texture(280, 360, smoothness=3)
     prev = canvas[20:260, 20:340]

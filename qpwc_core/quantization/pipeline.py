@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qpwc_core.data.pipeline import flow_samples, validation_samples
+from qpwc_core.model.config import NetworkConfig
 from qpwc_core.model.network import build_network
 from qpwc_core.quantization import flatbuffer, parity
 from qpwc_core.quantization.calibration import calibrate
@@ -123,9 +124,8 @@ def calibration_images(config: QuantizeConfig) -> list[np.ndarray]:
     return [np.stack([s.prev for s in group] + [s.next for s in group]) for group in groups]
 
 
-def _fine_tuned(config: QuantizeConfig, weights: Path, directory: Path) -> Path:
+def _fine_tuned(config: QuantizeConfig, point: NetworkConfig, weights: Path, directory: Path) -> Path:
     """Calibrates and fine-tunes; the weights with their ranges."""
-    point = loop.network_config(config.network)
     network = build_network(point, config.height, config.width)
     network.load_weights(weights)
     calibrated = directory / "calibrated.weights.h5"
@@ -166,7 +166,7 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
     loop.check_directory(directory, point)
     loop.write_config(directory, config, point)
 
-    tuned = Path(config.quantized_weights) if config.quantized_weights else _fine_tuned(config, weights, directory)
+    tuned = Path(config.quantized_weights) if config.quantized_weights else _fine_tuned(config, point, weights, directory)
     paths = {precision: directory / f"{config.network}_{precision}.tflite" for precision in ("int8", "float32")}
     export_network(point, tuned, paths["int8"], quantized=True)
     export_network(point, weights, paths["float32"], quantized=False)

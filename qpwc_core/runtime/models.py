@@ -20,6 +20,12 @@ DEFAULT_PRECISION = "int8"
 AUTO_PRECISION = "auto"
 PRECISION_CHOICES = (*PRECISIONS, AUTO_PRECISION)
 
+#: Stands for what the model says of refining its flow.
+AUTO_REFINE = "auto"
+#: `FlowEstimator.load`'s `refine` by name, for parameters, which have one type. Not "on" and "off": ROS reads
+#: those as booleans.
+REFINE_CHOICES: Mapping[str, bool | None] = {AUTO_REFINE: None, "always": True, "never": False}
+
 # The accurate model where it is installed, else the fast one.
 _DEFAULT_MODELS = ("qpwc", "qpwc_fast")
 _SHARED_MODELS = Path("share") / "qpwc_ros" / "models"

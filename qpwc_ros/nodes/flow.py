@@ -21,6 +21,7 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+from qpwc_core.runtime.models import AUTO_REFINE, REFINE_CHOICES
 from qpwc_ros import diagnostics
 from qpwc_ros.codec import MAX_PIXELS
 from qpwc_ros.frames import one_line
@@ -46,9 +47,9 @@ ESTIMATOR_PARAMETERS = (
     ),
     ParameterSpec(
         "refine",
-        "auto",
+        AUTO_REFINE,
         "Whether the network's flow is refined on the images; auto: as the model says (qpwc is, qpwc_fast is not).",
-        choices=("auto", "always", "never"),
+        choices=tuple(REFINE_CHOICES),
     ),
     ParameterSpec("threads", 0, "Threads of the estimator; 0: its own choice.", minimum=0, maximum=64),
     # Read-only: whoever may set parameters must not thereby get any library loaded.

@@ -12,22 +12,19 @@ from qpwc_ros.parameters import ParameterSpec
 from qpwc_ros.plugins.base import Estimator
 
 
-# Not "on" and "off", which ROS reads as booleans.
-_REFINE = {"auto": None, "always": True, "never": False}
-
-
 class TfliteEstimator(Estimator):
     """The quantized network of this package, or any .tflite with its interface."""
 
     def __init__(self, options: Mapping[str, Any]):
         from qpwc_core import FlowEstimator
+        from qpwc_core.runtime.models import AUTO_REFINE, REFINE_CHOICES
 
         self._estimator = FlowEstimator.load(
             options["model"] or None,
             precision=options["precision"],
             threads=options["threads"] or None,
             delegate=_delegate(options),
-            refine=_REFINE[options.get("refine", "auto")],
+            refine=REFINE_CHOICES[options.get("refine", AUTO_REFINE)],
         )
         self._input = ""  # which of the network's input sizes the last image went to
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qpwc_core.cli.common import add_refine_argument, positive_float, positive_int, print_table
 from qpwc_core.errors import QpwcError, UsageError
-from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISION_CHOICES
+from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISION_CHOICES, REFINE_CHOICES
 
 if TYPE_CHECKING:
     from qpwc_ros.replay.single import Options, Outcome
@@ -224,7 +224,7 @@ def _options(args: argparse.Namespace) -> Options:
         estimator=args.estimator,
         model=args.model,
         precision=args.precision,
-        refine={None: "auto", True: "always", False: "never"}[args.refine],
+        refine=next(name for name, refine in REFINE_CHOICES.items() if refine is args.refine),
         threads=args.threads,
         compare=args.compare,
         truth=args.truth,

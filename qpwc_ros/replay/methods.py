@@ -13,13 +13,11 @@ import numpy as np
 from qpwc_core.classical import farneback
 from qpwc_core.errors import QpwcError, UsageError
 from qpwc_core.machine import available_cores
-from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISIONS, default_model
+from qpwc_core.runtime.models import AUTO_REFINE, DEFAULT_PRECISION, PRECISIONS, default_model
 from qpwc_ros.replay.run import SUBJECT
 
 FARNEBACK = "farneback"
 TFLITE = "tflite"
-#: Whether a network's flow is refined is left to the model.
-AS_MODEL_SAYS = "auto"
 # Names that mean something else in the results bag.
 _RESERVED = (SUBJECT, "image", "held_back")
 
@@ -64,7 +62,7 @@ class MethodSpec:
         model: bundled model's name or path; None for the default or where it means nothing.
         precision: "int8" or "float32", of a bundled model.
         threads: of the estimator; 0 leaves it the choice.
-        refine: "always", "never" or "auto", as the node's parameter.
+        refine: one of REFINE_CHOICES, as the node's parameter.
     """
 
     name: str
@@ -73,11 +71,11 @@ class MethodSpec:
     model: str | None = None
     precision: str = DEFAULT_PRECISION
     threads: int = 0
-    refine: str = AS_MODEL_SAYS
+    refine: str = AUTO_REFINE
 
 
 def subject(
-    estimator: str, model: str | None, precision: str, threads: int, refine: str = AS_MODEL_SAYS
+    estimator: str, model: str | None, precision: str, threads: int, refine: str = AUTO_REFINE
 ) -> MethodSpec:
     """The method under test."""
     if estimator != TFLITE:

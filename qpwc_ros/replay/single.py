@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpwc_core.machine import available_cores
-from qpwc_core.runtime.models import DEFAULT_PRECISION
+from qpwc_core.runtime.models import AUTO_REFINE, DEFAULT_PRECISION
 from qpwc_ros.replay import evaluate, methods, pictures, report
 from qpwc_ros.replay.bag import Bag
 from qpwc_ros.replay.depth_truth import DepthSource, DepthTruth
@@ -42,7 +42,7 @@ class Options:
     estimator: str = methods.TFLITE
     model: str | None = None
     precision: str = DEFAULT_PRECISION
-    refine: str = methods.AS_MODEL_SAYS
+    refine: str = AUTO_REFINE
     threads: int | None = None
     compare: str | None = None
     truth: str | None = None
