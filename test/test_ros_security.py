@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 
-from ros_harness import SECOND, Client, MovingTexture, NodeProcess, flow_error, image
+from ros_harness import SECOND, Client, MovingTexture, NodeProcess, flow_error, image, wait_until
 from sensor_msgs.msg import Image
 
 START = 1_700_000_000 * SECOND
@@ -52,6 +52,8 @@ def test_flow_between_enclaves(tmp_path, monkeypatch):
 def test_the_enclave_of_the_command_line_is_the_nodes(client, tmp_path):
     with NodeProcess(tmp_path, "--enclave", "/robot/vision/flow"):
         client.await_node()
+        # Names of nodes travel apart from their services, and may come after them.
+        wait_until(lambda: "flow" in client.node.get_node_names(), 30, "the node's name")
         nodes = client.node.get_node_names_and_namespaces_with_enclaves()
         assert ("flow", "/", "/robot/vision/flow") in [tuple(node) for node in nodes]
 
