@@ -57,10 +57,10 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "qpwc = qpwc_core.cli.main:main",
+            "qpwc = qpwc_core.cli.main:program",
             "camera = qpwc_ros.nodes.camera:main",
             "flow = qpwc_ros.nodes.flow:main",
-            "replay = qpwc_ros.replay.command:main",
+            "replay = qpwc_ros.replay.command:program",
         ],
         # qpwc_core knows its own
         "qpwc.commands": ["replay = qpwc_ros.replay.command", "bag = qpwc_ros.convert.command"],

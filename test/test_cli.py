@@ -241,6 +241,30 @@ def test_runs_as_a_module_without_being_installed(here):
     assert done.stderr == "qpwc: error: none.png: No such file or directory\n"
 
 
+@pytest.mark.parametrize("ros", [False, True])
+def test_the_executable_prints_all_and_does_not_take_ros_down(ros):
+    """Where ROS is in use the process ends without the interpreter's own end, which functions of atexit are part of."""
+    code = """if True:
+        import atexit, sys, types
+        from qpwc_core.cli.main import program
+        if "ros" in sys.argv:
+            sys.modules["rclpy"] = types.ModuleType("rclpy")
+        atexit.register(print, "taken down")
+        def run():
+            print("x" * 100_000)
+            return 3
+        program(run)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(["ros"] if ros else [])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": _repository()},
+    )
+    assert done.returncode == 3 and not done.stderr
+    assert done.stdout.splitlines() == ["x" * 100_000, *([] if ros else ["taken down"])]
+
+
 def test_other_packages_add_commands(monkeypatch, capsys):
     """A command of another package runs; one that does not load says so and harms no other."""
     import qpwc_core.cli.main as program

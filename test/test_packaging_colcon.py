@@ -104,5 +104,5 @@ def test_wheel_has_everything(workspace):
     assert "share/qpwc_ros/config/fastdds.xml" in inside
     assert {f"share/qpwc_ros/models/{p.name}" for p in (ROOT / "models").glob("*.tflite")} <= inside
     assert not [n for n in inside if n.startswith(("test/", "training/"))]
-    for line in ("qpwc = qpwc_core.cli.main:main", "replay = qpwc_ros.replay.command"):
+    for line in ("qpwc = qpwc_core.cli.main:program", "replay = qpwc_ros.replay.command:program"):
         assert line in points

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killed import kill
 from replay_bags import moving_frames, run_replay, write_bag
 
 pytest.importorskip("rclpy")
@@ -30,6 +31,7 @@ from qpwc_ros.replay.results import (  # noqa: E402
     ResultsWriter,
     read_pairs,
 )
+from qpwc_ros.shared_memory import segments  # noqa: E402
 
 pytestmark = pytest.mark.live
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,13 +229,15 @@ def test_node_that_dies_leaves_a_report_of_what_came_before(tmp_path):
         time.sleep(3)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 1
-        os.kill(int(children[0]), signal.SIGKILL)
+        used = segments(process.pid) + segments(int(children[0]))
+        kill(int(children[0]))
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 1
     assert "the node ended with code -9" in errors and "Traceback" not in errors
     assert json.loads((out / "metrics.json").read_text())["summary"]["flows_out"] >= 3
+    assert used and not [segment for segment in used if segment.exists()]
 
 
 @pytest.mark.parametrize("confidence", [False, True])

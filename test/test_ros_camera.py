@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import signal
 
 import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 
+from killed import kill
 from ros_harness import MovingTexture, NodeProcess, flow_error, stamp_of, wait_until
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from test_ros_sources import CALIBRATION
@@ -55,7 +55,7 @@ def test_a_video_becomes_flow_and_a_killed_camera_may_come_back(client, tmp_path
             assert decode_compressed(jpegs[-1]).rgb.shape == (240, 320, 3)
             stamps = [stamp_of(msg) for msg in jpegs]
             assert all(a < b for a, b in itertools.pairwise(stamps))
-            first.process.send_signal(signal.SIGKILL)
+            kill(first.process.pid)
             first.process.wait()
         flow.clear()
         with NodeProcess(tmp_path, rate=20.0, **camera):

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 
+from killed import kill
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
 from ros_harness import (
@@ -126,7 +127,7 @@ def test_a_camera_is_killed_and_comes_back(client, scene, series, node):
         try:
             wait_until(lambda: min(len(flow), len(intervals)) >= 5, 30, "flows from this camera")
         finally:
-            camera.kill()
+            kill(camera.pid)
             camera.wait()
         wait_until(client.settled, 30, "every image worked on")
         # All flows are between this life's own images, and right.

@@ -1,8 +1,6 @@
 """`python -m qpwc_core.cli`: the program `qpwc`, also where the package is not installed."""
 
-import sys
-
-from qpwc_core.cli.main import main
+from qpwc_core.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -8,10 +8,11 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import NoReturn, Protocol
 
+from qpwc_core.ending import end_at_once
 from qpwc_core.errors import QpwcError, UsageError
 
 COMMAND_GROUP = "qpwc.commands"
@@ -74,6 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(reason if error.filename is None else f"{error.filename}: {reason}")
     except MemoryError:
         return _fail("out of memory")
+
+
+def program(run: Callable[[], int] = main) -> NoReturn:
+    """The executable: `main` with the process's arguments; ends the process.
+
+    Args:
+      run: What to run in place of `main`; returns the exit code.
+    """
+    code = run()
+    # The interpreter would take ROS's middleware down, which can crash where another process of it was killed.
+    if "rclpy" in sys.modules:
+        end_at_once(code)
+    sys.exit(code)
 
 
 def _fail(message: str, code: int = EXIT_FAILED) -> int:

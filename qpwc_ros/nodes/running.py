@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-import os
 import signal
 import sys
 import threading
@@ -19,6 +17,7 @@ from rclpy.executors import Executor, ExternalShutdownException, SingleThreadedE
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.signals import SignalHandlerOptions
 
+from qpwc_core.ending import end_at_once
 from qpwc_ros.frames import one_line
 from qpwc_ros.parameters import ParameterError
 from qpwc_ros.share import use_large_shared_memory
@@ -57,19 +56,10 @@ def run(make_node: Callable[[], Any], name: str, args: list[str] | None = None) 
         name: for the one line on stderr when what is given at start is impossible.
         args: the program's arguments; by default those of the process.
     """
-    _end(_run(make_node, name, args))
-
-
-def _end(code: int) -> NoReturn:
-    """End the process at once, with what has been printed.
-
-    Threads, node and middleware have come to their end by now. The interpreter would still take itself down, hundreds
-    of modules one by one, which needs far more processor time than all of that: on a busy machine seconds.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a full disk, a terminal that is gone
-            stream.flush()
-    os._exit(code)
+    code = _run(make_node, name, args)
+    # Threads, node and middleware have come to their end by now. The interpreter would still take itself down, hundreds
+    # of modules one by one, which needs far more processor time than all of that: on a busy machine seconds.
+    end_at_once(code)
 
 
 def _run(make_node: Callable[[], Any], name: str, args: list[str] | None) -> int:
@@ -107,7 +97,7 @@ def _run(make_node: Callable[[], Any], name: str, args: list[str] | None) -> int
         finished = node is None or node.close()
         if not finished:
             # The node must not be destroyed under a thread that is still computing.
-            _end(0)
+            end_at_once(0)
         if node is not None:
             node.destroy_node()
             node = None

@@ -7,7 +7,7 @@ import contextlib
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from qpwc_core.cli.common import add_refine_argument, positive_float, positive_int, print_table
 from qpwc_core.errors import QpwcError, UsageError
@@ -180,8 +180,15 @@ def _check_truth(args: argparse.Namespace) -> None:
         raise UsageError("--truth and --truth-depth exclude each other")
 
 
+def program() -> NoReturn:
+    """The executable `replay`; ends the process."""
+    from qpwc_core.cli.main import program as qpwc
+
+    qpwc(main)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The executable `replay`, the same as `qpwc replay`; ROS arguments are ignored."""
+    """The same as `qpwc replay`; ROS arguments are ignored."""
     from qpwc_core.cli.main import main as qpwc
 
     return qpwc(["replay", *_without_ros_arguments(sys.argv[1:] if argv is None else argv)])

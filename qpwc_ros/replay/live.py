@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import queue
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpwc_core.errors import QpwcError
+from qpwc_ros import shared_memory
 from qpwc_ros.codec import ImageError
 from qpwc_ros.replay.bag import IMAGE, NS, Bag, BagError, Frame, raw_stamp_ns, restamp, typestore
 from qpwc_ros.replay.decode import pixels
@@ -115,6 +117,11 @@ class NodeProcess:
         code = self._process.poll()
         if code is not None:
             raise NodeDied(f"the node ended with code {code}: {self.last_line()}")
+
+    @property
+    def killed(self) -> bool:
+        """Whether a signal has ended the process, so that it could not leave the DDS network."""
+        return (self._process.poll() or 0) < 0
 
     def last_line(self) -> str:
         """The last thing it printed that looks like a reason."""
@@ -250,6 +257,7 @@ class _Link:
         self._subscribe(DiagnosticArray, "/diagnostics", DIAGNOSTICS, qos, receive)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._spin, name="replay", daemon=True)
         self._thread.start()
 
@@ -263,7 +271,8 @@ class _Link:
         from rclpy.executors import ExternalShutdownException
 
         with contextlib.suppress(ExternalShutdownException):
-            self._executor.spin()
+            while not self._stop.is_set():
+                self._executor.spin_once(timeout_sec=0.1)
 
     def ready(self) -> bool:
         """Whether the node listens to our frames and we to all that it publishes."""
@@ -295,12 +304,30 @@ class _Link:
             self._infos.publish(restamp(frame.info, frame.stamp))
         self._images.publish(frame.raw)
 
-    def close(self) -> None:
+    def leave(self) -> None:
         """Leave the DDS network."""
-        self._executor.shutdown()
+        # Nothing is destroyed under the thread that uses it, which Executor.shutdown() would not wait for.
+        if self._stopped():
+            self._executor.shutdown()
+            self._node.destroy_node()
+            self._context.try_shutdown()
+
+    def leave_at_exit(self) -> None:
+        """Hear nothing more, but leave only when this process ends, if at all: after a neighbour was killed.
+
+        One that is killed while it hands us a message dies with a lock in our shared memory. Fast DDS notices after a
+        second or two and makes that memory anew, in a thread of its own, and does not expect us to leave meanwhile:
+        this process would crash or hang (Fast DDS 3.2, SharedMemManager::Listener, regenerate_port beside close).
+        """
+        self._stopped()
+        shared_memory.remove(shared_memory.segments(os.getpid()))
+        atexit.register(self.leave)
+
+    def _stopped(self) -> bool:
+        """Have our thread end; whether it has."""
+        self._stop.set()
         self._thread.join(STOP_SECONDS)
-        self._node.destroy_node()
-        self._context.try_shutdown()
+        return not self._thread.is_alive()
 
 
 @dataclass(frozen=True)
@@ -413,8 +440,15 @@ def run_live(
     with contextlib.ExitStack() as stack:
         stack.callback(recorder.finish)
         link = _Link(node_name, image_topic, bag, answers.receive, confidence)
-        stack.callback(link.close)
         process = None
+
+        def leave() -> None:
+            if process is not None and process.killed:
+                link.leave_at_exit()
+            else:
+                link.leave()
+
+        stack.callback(leave)
         if running_node is None:
             process = NodeProcess(namespace, options.arguments(max_interval), log)
             stack.callback(process.stop)
