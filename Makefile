@@ -14,8 +14,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DEMO_BAG ?= test/data/city
 DEMO_OUT ?= out/demo
+# In-between frames need flow both ways: for that in real time on two cores it takes the fast model.
+DEMO_MODEL ?= qpwc_fast
 DEMO_OPTIONS ?=
 TEST_OPTIONS ?=
+# How many tests run side by side, of those that may.
+TEST_JOBS ?= 2
 CONFIG ?= config/recipes/qpwc_fast.yaml
 
 # ROS 2 counts as sourced when ROS_DISTRO is set and rclpy can be imported. Its messages are compiled against
@@ -44,13 +48,19 @@ endif
 # What TensorFlow needs and other groups have pinned before it is in build and replay.
 WEIGHTS_REQUIREMENTS := build runtime replay train
 
+# With as many processes as cores, TensorFlow's threads would only wait for each other. Status 5: no tests chosen.
+PYTEST = $(ENV) TF_USE_LEGACY_KERAS=1 .venv-test/bin/python -m pytest
+
 .PHONY: demo test weights docs lint clean
 
 demo: .venv/installed
-	@$(ENV) .venv/bin/qpwc replay $(DEMO_BAG) --live --report $(DEMO_OUT) $(DEMO_OPTIONS)
+	@$(ENV) .venv/bin/qpwc replay $(DEMO_BAG) --live --model $(DEMO_MODEL) --report $(DEMO_OUT) $(DEMO_OPTIONS)
 
 test: .venv-test/installed
-	@$(ENV) TF_USE_LEGACY_KERAS=1 .venv-test/bin/python -m pytest $(TEST_OPTIONS)
+	@failed=; \
+	$(PYTEST) -n $(TEST_JOBS) --dist loadfile $(TEST_OPTIONS) -m 'not serial' || [ $$? -eq 5 ] || failed=yes; \
+	$(PYTEST) $(TEST_OPTIONS) -m serial || [ $$? -eq 5 ] || failed=yes; \
+	[ -z "$$failed" ]
 
 weights: .venv-weights/ready
 	@$(ENV) TF_USE_LEGACY_KERAS=1 .venv-weights/bin/python training/recipe.py $(CONFIG)

@@ -88,29 +88,33 @@ def warp_image(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     return cv2.remap(image, target, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def choose_size(height: int, width: int, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+def choose_size(
+    height: int, width: int, sizes: Iterable[tuple[int, int]], enlarge: float = 1.0
+) -> tuple[int, int]:
     """Which of a network's input sizes an image is given to.
 
-    Its own size, if that is among them. Else the smallest in area of those that keep the image's resolution: of
-    all the scales at which the image just fits, those down to 5 % below the largest count, enlarging as much
-    as no change. So a smaller input is taken where it spares padding or enlarged pixels, but not to be faster at
-    the cost of detail.
+    The image's size times `enlarge`, if that is among them. Else the smallest in area of those that keep the
+    resolution: of all the scales at which the image just fits, those down to 5 % below the largest count, and
+    beyond `enlarge` all are alike. So a smaller input is taken where it spares padding or enlarged pixels, but not
+    to be faster at the cost of detail.
 
     Args:
       height, width: The image, in pixels.
       sizes: (height, width) of the inputs, in pixels; at least one.
+      enlarge: The scale that is large enough, 1 or more.
 
     Returns:
       One of `sizes`; of several that are as good, the one that the image fills best, then the first.
     """
     sizes = list(sizes)
-    if (height, width) in sizes:
-        return height, width
+    wanted = (round(height * enlarge), round(width * enlarge))
+    if wanted in sizes:
+        return wanted
 
     def scale(size: tuple[int, int]) -> float:
         return min(size[0] / height, size[1] / width)
 
-    kept = min(1.0, max(map(scale, sizes))) * (1 - _SCALE_TOLERANCE)
+    kept = min(enlarge, max(map(scale, sizes))) * (1 - _SCALE_TOLERANCE)
     return min((size for size in sizes if scale(size) >= kept), key=lambda size: (size[0] * size[1], -scale(size)))
 
 
@@ -159,19 +163,21 @@ class NetworkFit:
             return scaled
         return cv2.copyMakeBorder(scaled, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
 
-    def to_image(self, flow: np.ndarray) -> np.ndarray:
+    def to_image(self, flow: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
         """Flow on the network's grid → flow of the image.
 
         Args:
           flow: float32 (net_height / stride, net_width / stride, 2), pixels of the network input.
+          size: (height, width) of another grid over the image to give it on; by default the image's own.
 
         Returns:
-          float32 (height, width, 2), pixels of the image, a new array.
+          float32 (height, width, 2), pixels of the image or of that grid, a new array.
         """
+        height, width = size or (self.height, self.width)
         content_height, content_width = self.content_size
         cells = flow[: content_height // self.stride, : content_width // self.stride]
-        scale = np.array([self.width / content_width, self.height / content_height], np.float32)
-        return _resize(cells * scale, self.height, self.width)
+        scale = np.array([width / content_width, height / content_height], np.float32)
+        return _resize(cells * scale, height, width)
 
 
 def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:

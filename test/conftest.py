@@ -10,6 +10,17 @@ from qpwc_core import FlowEstimator
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Tests that start processes, talk over DDS or hold time limits: they are not run beside others.
+SERIAL = ("test_cli", "test_docs_", "test_packaging_", "test_replay_", "test_ros_")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name.startswith(SERIAL):
+            item.add_marker("serial")
+
+
 @pytest.fixture(scope="session")
 def estimator():
     """The bundled default model, int8."""

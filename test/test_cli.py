@@ -98,9 +98,9 @@ def test_models_lists_figures(capsys):
         assert os.path.getsize(info["path"]) == info["bytes"]
         assert info["figures"]
         line = next(
-            line for line in table.splitlines() if line.startswith(info["name"]) and info["precision"] in line
+            line for line in table.splitlines() if line.startswith(f"{info['name']} ") and info["precision"] in line
         )
-        assert info["sizes"][0] == {"width": 640, "height": 480} and len(info["sizes"]) > 1
+        assert len(info["sizes"]) > 1 and info["enlarge"] >= 1 and info["refine"] is (info["name"] == "qpwc")
         assert " ".join(f"{size['width']}x{size['height']}" for size in info["sizes"]) in line
 
 
@@ -108,7 +108,7 @@ def test_bench_compares_in_one_run(capsys):
     assert main(["bench", "--size", "64x48", "--repeats", "3", "--threads", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     names = [result["name"] for result in report["results"]]
-    assert [result["input"] for result in report["results"]] == ["320x256", "320x256", "64x48"]
+    assert [result["input"] for result in report["results"]] == ["416x320", "416x320", "64x48"]
     assert [name.split()[-1] for name in names] == ["int8", "float32", "medium"]
     assert report["machine"]["threads"] == "1" and report["machine"]["processor"]
     for result in report["results"]:

@@ -122,6 +122,21 @@ def test_its_own_size_wins_over_a_slightly_smaller_one():
     assert choose_size(480, 640, [(480, 624), (480, 640)]) == (480, 640)
 
 
+@pytest.mark.parametrize(
+    "image, enlarge, chosen",
+    [
+        ((256, 320), 1.0, (256, 320)),
+        ((192, 250), 4 / 3, (256, 320)),  # 4 % short of a third larger
+        ((288, 384), 4 / 3, (384, 512)),
+        ((256, 320), 4 / 3, (384, 512)),
+        ((256, 320), 1.6, (480, 640)),
+        ((480, 640), 2.0, (480, 640)),  # there is no larger one
+    ],
+)
+def test_an_enlarged_image_gets_the_input_that_holds_it(image, enlarge, chosen):
+    assert choose_size(*image, SIZES, enlarge) == choose_size(*image, SIZES[::-1], enlarge) == chosen
+
+
 def test_of_inputs_of_one_area_the_image_fills_the_other_less():
     assert choose_size(128, 64, [(256, 320), (320, 256)]) == (320, 256)
 

@@ -71,7 +71,24 @@ def test_a_configuration_survives_json(name):
     config = OPERATING_POINTS[name]
     assert config.name == name
     assert NetworkConfig.from_mapping(json.loads(config.to_json())) == config
-    assert len(config.input_sizes) == 4 and config.input_sizes[0] == (480, 640)
+
+
+def test_the_shipped_networks_differ_in_what_they_see_not_in_what_they_are():
+    fast, accurate = OPERATING_POINTS["qpwc_fast"], OPERATING_POINTS["qpwc"]
+    seen = {"name", "height", "width", "sizes", "enlarge", "refine"}
+    differ = {
+        field.name
+        for field in dataclasses.fields(NetworkConfig)
+        if getattr(fast, field.name) != getattr(accurate, field.name)
+    }
+    assert differ == seen
+    assert all(height * width <= 480 * 640 for height, width in fast.input_sizes)
+
+
+@pytest.mark.parametrize("enlarge", [0.9, float("inf"), float("nan")])
+def test_an_enlargement_that_cannot_be_is_refused(enlarge):
+    with pytest.raises(ValueError, match="enlarge must be a number from 1 up"):
+        NetworkConfig(enlarge=enlarge)
 
 
 def test_levels_and_stride_follow_from_the_pyramid():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from core_scenes import texture
 from data_scenes import small_bank
 from training_parts import DEEP, SHALLOW, batch_of, pairs, tf
 
@@ -29,6 +30,7 @@ from qpwc_core.quantization.configs import build_quantized_network, load_float_w
 from qpwc_core.quantization.distillation import DistilledTrainer, teacher_loss
 from qpwc_core.quantization.pipeline import QuantizeConfig, find_weights, quantize
 from qpwc_core.runtime.metadata import read_metadata
+from qpwc_core.runtime.models import read_model_info
 from qpwc_core.training.loop import TrainConfig
 from qpwc_core.training.trainer import prepare_optimizer
 
@@ -341,6 +343,8 @@ def test_metadata_is_what_the_runtime_reads(exported, precision):
             {"height": height, "width": width, "encode": encode, "match": match}
             for (height, width), (encode, match) in SIGNATURES.items()
         ],
+        "enlarge": 1.0,
+        "refine": False,
     }
     parity = json.loads((exported.directory / "parity.json").read_text())
     assert figures["EPE synthetic"] == pytest.approx(parity[precision], abs=1e-3)
@@ -549,6 +553,39 @@ def test_merged_models_share_buffers_and_both_run(tmp_path):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match="no float weights: looked for .*nowhere.h5; train first"):
         find_weights(QuantizeConfig(weights=str(tmp_path / "nowhere.h5")))
+
+
+def test_missing_weights_with_ranges_are_named(tmp_path, exported):
+    missing = str(tmp_path / "gone.weights.h5")
+    config = QuantizeConfig(weights=str(exported.directory.parent / "float.weights.h5"), quantized_weights=missing)
+    with pytest.raises(ValueError, match="gone.weights.h5: no such file"):
+        quantize(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_with_ranges_serve_another_operating_point_of_the_network(tmp_path, exported, monkeypatch):
+    """As qpwc is exported from what qpwc_fast was fine-tuned to."""
+    point = dataclasses.replace(DEEP, name="larger", sizes=(), enlarge=1.5, refine=True)
+    monkeypatch.setitem(OPERATING_POINTS, "larger", point)
+    config = QuantizeConfig(
+        network="larger",
+        weights=str(exported.directory.parent / "float.weights.h5"),
+        quantized_weights=str(exported.directory / "calibrated.weights.h5"),
+        validation_size=(DEEP.height, DEEP.width),
+        validation_count=1,
+        workers=0,
+    )
+    paths = quantize(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "calibrated.weights.h5").exists()
+    for precision, path in paths.items():
+        info = read_model_info(path)
+        assert (info.name, info.precision, info.enlarge, info.refine) == ("larger", precision, 1.5, True)
+        image = texture(DEEP.height, DEEP.width)
+        flows = []
+        for file in (path, exported.paths[precision]):  # the same network
+            estimator = FlowEstimator.load(file, refine=False)
+            flows.append(estimator(image, image[::-1]))
+        np.testing.assert_array_equal(*flows)
 
 
 def test_an_unknown_network_is_refused(tmp_path):

@@ -167,10 +167,10 @@ def test_dis_measures_pixels_from_prev_to_next():
 
 
 def test_the_network_says_which_of_its_inputs_the_last_image_went_to():
-    network = TfliteEstimator({"model": "", "precision": "int8", "threads": 1})
+    network = TfliteEstimator({"model": "qpwc_fast", "precision": "int8", "threads": 1})
     network.warm_up()
     assert network.describe()["network_input"] == ""  # no image of a camera yet
-    for (height, width), expected in {(240, 320): "320x256", (720, 1280): "640x352", (480, 640): "640x480"}.items():
+    for (height, width), expected in {(240, 320): "320x256", (720, 1280): "736x416", (480, 640): "640x480"}.items():
         network.encode(np.zeros((height, width, 3), np.uint8))
         assert network.describe()["network_input"] == expected
 

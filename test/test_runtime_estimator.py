@@ -10,9 +10,16 @@ from qpwc_core import FlowEstimator, FrameInterpolator
 from qpwc_core.errors import QpwcError
 from qpwc_core.metrics import epe, psnr
 from qpwc_core.runtime.engine import import_runtime
-from qpwc_core.runtime.models import default_model, find_model, read_model_info
+from qpwc_core.runtime.models import find_model, read_model_info
 
-INPUTS = [(size.height, size.width) for size in read_model_info(find_model(default_model())).sizes]
+FAST = "qpwc_fast"
+INPUTS = [(size.height, size.width) for size in read_model_info(find_model(FAST)).sizes]
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """The bundled fast model, int8, whose flow is not refined."""
+    return FlowEstimator.load(FAST)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +76,9 @@ def test_results_belong_to_the_caller(estimator, pair):
 
 
 @pytest.mark.parametrize("size", INPUTS)
-def test_an_image_of_an_input_size_is_not_resized(estimator, size):
+def test_an_image_of_an_input_size_is_not_resized(fast, size):
     """What comes out is the network's own flow, up to the upsampling of its grid."""
+    estimator = fast
     images = [texture(*size, seed=seed) for seed in (1, 2)]
     interpreter = import_runtime()[0].Interpreter(str(estimator.info.path), num_threads=estimator.threads)
     interpreter.allocate_tensors()
@@ -86,7 +94,7 @@ def test_an_image_of_an_input_size_is_not_resized(estimator, size):
 @pytest.mark.parametrize("precision", ["int8", "float32"])
 @pytest.mark.parametrize("size", INPUTS)
 def test_translation_is_seen_by_every_input_size(precision, size):
-    estimator = FlowEstimator.load(precision=precision)
+    estimator = FlowEstimator.load(FAST, precision=precision)
     canvas = texture(size[0] + 40, size[1] + 40, smoothness=3)
     inner = (slice(20, -20), slice(20, -20))
     for dx, dy in ((0, 0), (4, -3), (-9, 6)):
@@ -94,10 +102,58 @@ def test_translation_is_seen_by_every_input_size(precision, size):
         assert epe(flow[inner], constant_flow(*size, dx, dy)[inner]) < 1
 
 
-def test_every_bundled_model_has_the_common_sizes(estimator):
-    assert INPUTS == [(480, 640), (352, 640), (384, 512), (256, 320)]
-    assert str(estimator.info.size_for(720, 1280)) == "640x352"
-    assert estimator.info.size_for(64, 64).encode == "encode_256x320"
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+@pytest.mark.parametrize(
+    "image, fast, accurate",
+    [
+        ((480, 640), "640x480", "832x640"),
+        ((360, 640), "640x352", "832x480"),
+        ((384, 512), "512x384", "672x512"),
+        ((240, 320), "320x256", "416x320"),
+        ((720, 1280), "736x416", "1120x640"),
+        ((1080, 1920), "736x416", "1120x640"),
+        ((960, 1280), "640x480", "1088x832"),
+        ((436, 1024), "832x352", "1120x480"),
+        ((375, 1242), "960x288", "1376x416"),
+        ((500, 741), "672x448", "960x640"),
+    ],
+)
+def test_common_images_have_an_input_that_suits_them(precision, image, fast, accurate):
+    for model, expected in ((FAST, fast), ("qpwc", accurate)):
+        assert str(read_model_info(find_model(model, precision)).size_for(*image)) == expected
+
+
+def test_refinement_is_what_the_model_says_and_can_be_chosen(pair):
+    """It brings a motion between pixels nearer to the truth, and without it the flow is the network's."""
+    canvas = texture(280, 360, smoothness=3)
+    prev = canvas[20:260, 20:340]
+    next_ = cv2.warpAffine(canvas, np.float32([[1, 0, 2.4], [0, 1, -1.3]]), (360, 280))[20:260, 20:340]
+    truth, inner = constant_flow(240, 320, 2.4, -1.3), (slice(20, -20), slice(20, -20))
+    errors = {}
+    for model, refines in (("qpwc", True), (FAST, False)):
+        assert FlowEstimator.load(model).refines is refines
+        for refine in (True, False):
+            estimator = FlowEstimator.load(model, refine=refine)
+            assert estimator.refines is refine
+            errors[model, refine] = epe(estimator(prev, next_)[inner], truth[inner])
+    assert errors["qpwc", True] < 0.7 * errors["qpwc", False]
+    assert errors[FAST, True] < 0.7 * errors[FAST, False]
+
+
+def test_features_made_without_refinement_are_refused_by_what_refines(pair):
+    plain, refining = (FlowEstimator.load(FAST, refine=refine) for refine in (False, True))
+    features = [plain.encode(image) for image in pair]
+    with pytest.raises(ValueError, match="prev was encoded by an estimator that does not refine"):
+        refining.match(*features)
+    both = [refining.encode(image) for image in pair]
+    np.testing.assert_array_equal(plain.match(*both), plain.match(*features))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 57), (101, 640)])
+def test_refined_flow_of_equal_images_is_almost_none(size):
+    image = texture(*size)
+    assert np.abs(FlowEstimator.load(FAST, refine=True)(image, image)).mean() < 0.5
+    assert np.abs(FlowEstimator.load("qpwc")(image, image)).mean() < 0.5
 
 
 @pytest.mark.parametrize("size", INPUTS)

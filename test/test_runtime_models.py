@@ -141,13 +141,28 @@ def test_a_file_of_the_format_before_that_lacks_a_part_is_refused(tmp_path, bund
         ([{"height": "480", "width": 640, "encode": "encode", "match": "match"}], "'height' = '480', expected int"),
         ([{"height": 479, "width": 640, "encode": "encode", "match": "match"}], "640x479 pixels, which is no whole"),
         ([{"height": 480, "width": 640, "encode": "encode", "match": "other"}], "lacks the signature 'other'"),
-        ([{"height": 480, "width": 640, "encode": "encode_256x320", "match": "match"}], "tensor 'image'"),
+        ([{"height": 480, "width": 640, "encode": "encode_320x416", "match": "match"}], "tensor 'image'"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(tmp_path, bundled, sizes, message):
     path = with_metadata(tmp_path / "a.tflite", bundled, lambda metadata: {**metadata, "sizes": sizes})
     with pytest.raises(ModelError, match=message):
         FlowEstimator.load(path)
+
+
+@pytest.mark.parametrize("enlarge", [0.5, float("inf"), float("nan")])
+def test_an_enlargement_that_cannot_be_is_refused(tmp_path, bundled, enlarge):
+    path = with_metadata(tmp_path / "a.tflite", bundled, lambda metadata: {**metadata, "enlarge": enlarge})
+    with pytest.raises(ModelError, match="'enlarge' = .*, expected a number from 1 up"):
+        FlowEstimator.load(path)
+
+
+def test_a_file_that_says_nothing_of_enlarging_and_refining_does_neither(tmp_path, bundled):
+    def before(metadata):
+        return {key: value for key, value in metadata.items() if key not in ("enlarge", "refine")}
+
+    info = FlowEstimator.load(with_metadata(tmp_path / "old.tflite", bundled, before)).info
+    assert info.enlarge == 1 and info.refine is False
 
 
 def test_a_file_of_a_later_format_is_refused(tmp_path, bundled):
@@ -170,7 +185,7 @@ def test_metadata_that_is_no_json_is_refused(tmp_path, bundled):
     assert "JSON" in refusal(tmp_path / "a.tflite", bundled.replace(b'"format":', b'"format";'))
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(9))
 def test_metadata_that_contradicts_the_network_is_refused(tmp_path, bundled, index):
     def change(metadata):
         metadata["sizes"][index]["height"] -= metadata["flow_stride"]

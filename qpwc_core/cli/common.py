@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
-    """Declares --model, --threads and, by default, --precision."""
+    """Declares --model, --refine, --threads, --delegate and, by default, --precision."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -35,6 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
             help="of a bundled model; auto: int8 where the processor is fast at it, else the faster one "
             "(default: %(default)s)",
         )
+    add_refine_argument(group)
     group.add_argument(
         "--threads", type=positive_int, metavar="N", help="threads that run the network (default: 2)"
     )
@@ -49,13 +50,26 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
     )
 
 
+def add_refine_argument(group: argparse._ActionsContainer) -> None:
+    """Declares --refine and --no-refine; None without either."""
+    group.add_argument(
+        "--refine",
+        action=argparse.BooleanOptionalAction,
+        help="refine the network's flow on the images, or do not (default: as the model says; qpwc does)",
+    )
+
+
 def load_estimator(args: argparse.Namespace, precision: str | None = None) -> FlowEstimator:
     """The estimator that the arguments name; `precision` stands in where --precision is not declared."""
     from qpwc_core.runtime import FlowEstimator
 
     with _native_stderr_closed():  # TFLite announces each delegate, and has no switch for it
         return FlowEstimator.load(
-            args.model, precision=precision or args.precision, threads=args.threads, delegate=_delegate(args)
+            args.model,
+            precision=precision or args.precision,
+            threads=args.threads,
+            delegate=_delegate(args),
+            refine=args.refine,
         )
 
 

@@ -52,6 +52,8 @@ def _as_json(info: ModelInfo) -> dict[str, Any]:
         "bytes": info.path.stat().st_size,
         "sizes": [{"width": size.width, "height": size.height} for size in info.sizes],
         "flow_stride": info.flow_stride,
+        "enlarge": info.enlarge,
+        "refine": info.refine,
         "default": _is_default(info),
         "figures": dict(info.figures),
     }

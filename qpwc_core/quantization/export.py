@@ -137,6 +137,8 @@ def export_network(
             "precision": "int8" if quantized else "float32",
             "flow_stride": 2**config.finest_level,
             "sizes": sizes,
+            "enlarge": float(config.enlarge),
+            "refine": config.refine,
             "figures": dict(figures or {}),
         },
     )

@@ -29,6 +29,8 @@ class QuantizeConfig:
     Attributes:
         network: the operating point's name.
         weights: float weights; None: those of ``out/train/NETWORK``, else the shipped ones.
+        quantized_weights: last.weights.h5 of an earlier run with the same network, to export as it is instead of
+            calibrating and fine-tuning once more; None: do both.
         textures, validation_textures: archives of ``prepare_textures.py``; None: procedural patterns.
         calibration_pairs: pairs that the ranges are measured on.
         method: how ranges are chosen, see ``calibration.METHODS``. percentile: share of an activation's values that its
@@ -45,6 +47,7 @@ class QuantizeConfig:
 
     network: str = "qpwc_fast"
     weights: str | None = None
+    quantized_weights: str | None = None
     textures: str | None = None
     validation_textures: str | None = None
     calibration_pairs: int = 64
@@ -120,17 +123,9 @@ def calibration_images(config: QuantizeConfig) -> list[np.ndarray]:
     return [np.stack([s.prev for s in group] + [s.next for s in group]) for group in groups]
 
 
-def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
-    """Runs or resumes; returns the paths of "int8" and "float32".
-
-    Raises:
-        ValueError: no weights, an unknown network, or a directory with another network's run.
-    """
+def _fine_tuned(config: QuantizeConfig, weights: Path, directory: Path) -> Path:
+    """Calibrates and fine-tunes; the weights with their ranges."""
     point = loop.network_config(config.network)
-    weights = find_weights(config)
-    loop.check_directory(directory, point)
-    loop.write_config(directory, config, point)
-
     network = build_network(point, config.height, config.width)
     network.load_weights(weights)
     calibrated = directory / "calibrated.weights.h5"
@@ -143,20 +138,35 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
         calibrate(measured, images, config.percentile, config.method, config.fine_range)
         loop.save_weights(measured, calibrated)
 
-    tuned = calibrated
-    if config.steps:
-        quantized = build_quantized_network(point, config.height, config.width, batch=config.batch)
-        quantized.load_weights(calibrated)
-        if config.teacher_share:
-            teacher = build_network(point, config.height, config.width, batch=config.batch)
-            teacher.load_weights(weights)
-            trainer = DistilledTrainer(quantized, teacher, config.teacher_share)
-        else:
-            trainer = FlowTrainer(quantized)
-        loop.fit(trainer, point, config.training(), directory, build=build_quantized_network)
-        # Not the best of its validations: what fine-tuning changes is less than what sixteen pairs can tell.
-        tuned = directory / "last.weights.h5"
+    if not config.steps:
+        return calibrated
+    quantized = build_quantized_network(point, config.height, config.width, batch=config.batch)
+    quantized.load_weights(calibrated)
+    if config.teacher_share:
+        teacher = build_network(point, config.height, config.width, batch=config.batch)
+        teacher.load_weights(weights)
+        trainer = DistilledTrainer(quantized, teacher, config.teacher_share)
+    else:
+        trainer = FlowTrainer(quantized)
+    loop.fit(trainer, point, config.training(), directory, build=build_quantized_network)
+    # Not the best of its validations: what fine-tuning changes is less than what sixteen pairs can tell.
+    return directory / "last.weights.h5"
 
+
+def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
+    """Runs or resumes; returns the paths of "int8" and "float32".
+
+    Raises:
+        ValueError: no weights, an unknown network, or a directory with another network's run.
+    """
+    point = loop.network_config(config.network)
+    weights = find_weights(config)
+    if config.quantized_weights and not Path(config.quantized_weights).is_file():
+        raise ValueError(f"{config.quantized_weights}: no such file")
+    loop.check_directory(directory, point)
+    loop.write_config(directory, config, point)
+
+    tuned = Path(config.quantized_weights) if config.quantized_weights else _fine_tuned(config, weights, directory)
     paths = {precision: directory / f"{config.network}_{precision}.tflite" for precision in ("int8", "float32")}
     export_network(point, tuned, paths["int8"], quantized=True)
     export_network(point, weights, paths["float32"], quantized=False)

@@ -32,11 +32,13 @@ class FrameInterpolator:
         threads: int | None = None,
         xnnpack: bool = True,
         delegate: Delegate | None = None,
+        refine: bool | None = None,
     ) -> FrameInterpolator:
         """Loads a model; arguments and errors as `FlowEstimator.load`."""
-        return cls(
-            FlowEstimator.load(model, precision=precision, threads=threads, xnnpack=xnnpack, delegate=delegate)
+        estimator = FlowEstimator.load(
+            model, precision=precision, threads=threads, xnnpack=xnnpack, delegate=delegate, refine=refine
         )
+        return cls(estimator)
 
     def __call__(self, prev: np.ndarray, next: np.ndarray, t: float = 0.5) -> np.ndarray:
         """The frame at time `t`.

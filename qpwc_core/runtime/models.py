@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -52,6 +53,8 @@ class ModelInfo:
       name: Name of the network, such as "qpwc_fast".
       precision: "int8" or "float32".
       flow_stride: Pixels of the network input per cell of the flow grid.
+      enlarge: How much larger than the image the network's input should be.
+      refine: Whether its flow is meant to be refined on the images, see `refinement`.
       sizes: The network's inputs, the default first.
       figures: Measured results, as the exporter wrote them.
     """
@@ -61,15 +64,27 @@ class ModelInfo:
     precision: str
     flow_stride: int
     sizes: tuple[InputSize, ...]
+    enlarge: float = 1.0
+    refine: bool = False
     figures: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def size_for(self, height: int, width: int) -> InputSize:
         """The input that an image of this size, in pixels, is given to: see `geometry.choose_size`."""
         sizes = {(size.height, size.width): size for size in self.sizes}
-        return sizes[choose_size(height, width, sizes)]
+        return sizes[choose_size(height, width, sizes, self.enlarge)]
 
 
-_KEY_TYPES: dict[str, type] = {"name": str, "precision": str, "flow_stride": int, "sizes": list, "figures": dict}
+_KEY_TYPES: dict[str, type] = {
+    "name": str,
+    "precision": str,
+    "flow_stride": int,
+    "sizes": list,
+    "enlarge": float,
+    "refine": bool,
+    "figures": dict,
+}
+# What files of older programs lack.
+_LATER_KEYS: dict[str, Any] = {"enlarge": 1.0, "refine": False}
 _SIZE_KEY_TYPES: dict[str, type] = {"height": int, "width": int, "encode": str, "match": str}
 
 
@@ -85,13 +100,15 @@ def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
         metadata = {**metadata, "sizes": [metadata]}
     elif version != METADATA_FORMAT:
         raise ModelError(f"{path}: metadata format {version!r}, this program reads 1 to {METADATA_FORMAT}")
-    values = _values(path, metadata, _KEY_TYPES)
+    values = _values(path, {**_LATER_KEYS, **metadata}, _KEY_TYPES)
     sizes = tuple(InputSize(**_values(path, size, _SIZE_KEY_TYPES)) for size in values.pop("sizes"))
     info = ModelInfo(path=Path(path), sizes=sizes, **values)
     if info.precision not in PRECISIONS:
         raise ModelError(
             f"{path}: its metadata has precision {info.precision!r}, expected {' or '.join(PRECISIONS)}"
         )
+    if not 1 <= info.enlarge < math.inf:
+        raise ModelError(f"{path}: its metadata has 'enlarge' = {info.enlarge}, expected a number from 1 up")
     if not sizes:
         raise ModelError(f"{path}: its metadata has no sizes")
     for size in sizes:

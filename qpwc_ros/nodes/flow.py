@@ -44,6 +44,12 @@ ESTIMATOR_PARAMETERS = (
         "Which version of a bundled model; auto: int8 where the processor is fast at it, else the faster one.",
         choices=("int8", "float32", "auto"),
     ),
+    ParameterSpec(
+        "refine",
+        "auto",
+        "Whether the network's flow is refined on the images; auto: as the model says (qpwc is, qpwc_fast is not).",
+        choices=("auto", "always", "never"),
+    ),
     ParameterSpec("threads", 0, "Threads of the estimator; 0: its own choice.", minimum=0, maximum=64),
     # Read-only: whoever may set parameters must not thereby get any library loaded.
     ParameterSpec(

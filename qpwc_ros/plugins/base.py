@@ -30,7 +30,7 @@ class Estimator(ABC):
     """Computes flow from two images in two steps, so that a camera's frames are encoded once each.
 
     Args:
-        options: values by parameter name: `model`, `precision`, `threads` (0: the estimator's choice) and
+        options: values by parameter name: `model`, `precision`, `refine`, `threads` (0: the estimator's choice) and
             this class's own `parameters`.
 
     Raises:

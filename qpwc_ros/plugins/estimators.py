@@ -12,6 +12,10 @@ from qpwc_ros.parameters import ParameterSpec
 from qpwc_ros.plugins.base import Estimator
 
 
+# Not "on" and "off", which ROS reads as booleans.
+_REFINE = {"auto": None, "always": True, "never": False}
+
+
 class TfliteEstimator(Estimator):
     """The quantized network of this package, or any .tflite with its interface."""
 
@@ -23,6 +27,7 @@ class TfliteEstimator(Estimator):
             precision=options["precision"],
             threads=options["threads"] or None,
             delegate=_delegate(options),
+            refine=_REFINE[options.get("refine", "auto")],
         )
         self._input = ""  # which of the network's input sizes the last image went to
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qpwc_core.cli.common import positive_float, positive_int, print_table
+from qpwc_core.cli.common import add_refine_argument, positive_float, positive_int, print_table
 from qpwc_core.errors import QpwcError, UsageError
 from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISION_CHOICES
 
@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_PRECISION,
         help="of a bundled model; auto: int8 where the processor is fast at it (default: %(default)s)",
     )
+    add_refine_argument(estimator)
     estimator.add_argument("--threads", type=positive_int, metavar="N", help="threads of the estimator")
     estimator.add_argument(
         "--compare",
@@ -223,6 +224,7 @@ def _options(args: argparse.Namespace) -> Options:
         estimator=args.estimator,
         model=args.model,
         precision=args.precision,
+        refine={None: "auto", True: "always", False: "never"}[args.refine],
         threads=args.threads,
         compare=args.compare,
         truth=args.truth,

@@ -66,6 +66,7 @@ class NodeOptions:
     estimator: str | None = None
     model: str | None = None
     precision: str | None = None
+    refine: str | None = None
     threads: int | None = None
     use_sim_time: bool = False
 
@@ -76,6 +77,7 @@ class NodeOptions:
             "estimator": self.estimator,
             "model": self.model,
             "precision": self.precision,
+            "refine": self.refine,
             "threads": self.threads,
             "use_sim_time": "true" if self.use_sim_time else None,
         }

@@ -18,6 +18,8 @@ from qpwc_ros.replay.run import SUBJECT
 
 FARNEBACK = "farneback"
 TFLITE = "tflite"
+#: Whether a network's flow is refined is left to the model.
+AS_MODEL_SAYS = "auto"
 # Names that mean something else in the results bag.
 _RESERVED = (SUBJECT, "image", "held_back")
 
@@ -62,6 +64,7 @@ class MethodSpec:
         model: bundled model's name or path; None for the default or where it means nothing.
         precision: "int8" or "float32", of a bundled model.
         threads: of the estimator; 0 leaves it the choice.
+        refine: "always", "never" or "auto", as the node's parameter.
     """
 
     name: str
@@ -70,9 +73,12 @@ class MethodSpec:
     model: str | None = None
     precision: str = DEFAULT_PRECISION
     threads: int = 0
+    refine: str = AS_MODEL_SAYS
 
 
-def subject(estimator: str, model: str | None, precision: str, threads: int) -> MethodSpec:
+def subject(
+    estimator: str, model: str | None, precision: str, threads: int, refine: str = AS_MODEL_SAYS
+) -> MethodSpec:
     """The method under test."""
     if estimator != TFLITE:
         label = estimator
@@ -80,7 +86,7 @@ def subject(estimator: str, model: str | None, precision: str, threads: int) -> 
         label = Path(model).stem
     else:
         label = f"{model or default_model()} {precision}"
-    return MethodSpec(SUBJECT, label, estimator, model, precision, threads)
+    return MethodSpec(SUBJECT, label, estimator, model, precision, threads, refine)
 
 
 def parse_comparison(text: str, threads: int) -> list[MethodSpec]:
@@ -145,7 +151,12 @@ def load(spec: MethodSpec) -> Estimator:
         kind = registry.load(ESTIMATORS, spec.estimator, Plugin)
     except registry.PluginError as error:
         raise QpwcError(str(error)) from error
-    options = {"model": spec.model or "", "precision": spec.precision, "threads": spec.threads}
+    options = {
+        "model": spec.model or "",
+        "precision": spec.precision,
+        "threads": spec.threads,
+        "refine": spec.refine,
+    }
     estimator = kind({**options, **{parameter.name: parameter.default for parameter in kind.parameters}})
     estimator.warm_up()
     return estimator

@@ -42,6 +42,7 @@ class Options:
     estimator: str = methods.TFLITE
     model: str | None = None
     precision: str = DEFAULT_PRECISION
+    refine: str = methods.AS_MODEL_SAYS
     threads: int | None = None
     compare: str | None = None
     truth: str | None = None
@@ -185,7 +186,7 @@ def _offline(options: Options, bag: Bag, writer: ResultsWriter, directory: Path,
     threads = options.threads or 0
     if options.compare and not threads:
         threads = min(2, available_cores())  # the same for all, so that their times compare
-    specs = [methods.subject(options.estimator, options.model, options.precision, threads)]
+    specs = [methods.subject(options.estimator, options.model, options.precision, threads, options.refine)]
     if options.compare:
         specs += methods.parse_comparison(options.compare, threads)
     loaded = {spec.name: methods.load(spec) for spec in specs}
@@ -213,7 +214,7 @@ def _live(options: Options, bag: Bag, writer: ResultsWriter, directory: Path, st
         writer,
         log=directory / "node.log",
         options=NodeOptions(
-            options.estimator, options.model, options.precision, options.threads, options.sim_time
+            options.estimator, options.model, options.precision, options.refine, options.threads, options.sim_time
         ),
         running_node=options.node,
         image_topic=options.image_topic,
