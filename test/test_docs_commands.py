@@ -3,7 +3,7 @@
 | command | what is done with it, where |
 |---|---|
 | `qpwc …` | run, here; but what is in NOT_RUN, which other tests run |
-| `python training/…`, `benchmarks/…` | read by the program's own parser, here; one for each set of options is run, by test_docs_programs.py: a run takes seconds, and other values are nothing new to it |
+| `python training/…`, `benchmarks/…` | read by the program's own parser, here; one for each set of options is run, by test_programs_docs.py: a run takes seconds, and other values are nothing new to it |
 | `python -m qpwc_ros.nodes…` | parameters, here; run by test_docs_ros.py where ROS 2 is |
 | `ros2 …` | names of files, arguments, parameters, here; run by test_docs_ros.py where there is a program `ros2`, which no package registry has |
 | `make …` | `make -n`, and what the target runs at last is read as a command of its own, here; the targets themselves make environments from downloads, and CI runs two of them |
@@ -22,7 +22,6 @@ import functools
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -276,7 +275,8 @@ def check_python(words: tuple[str, ...]) -> None:
     elif words[1] == "venv":
         assert re.fullmatch(r"\.venv(-\w+)?", words[2])
     elif words[1] == "pytest":
-        assert words[2:] == ()
+        markers = re.findall(r"^    (\w+):", (ROOT / "pytest.ini").read_text(), re.MULTILINE)
+        assert words[2:] == () or (words[2] == "-m" and words[3] in markers)
     elif words[1] == "mkdocs":  # run by test_docs_site.py
         assert words[2:] == ("build", "--strict", "--quiet") and (ROOT / "mkdocs.yml").is_file()
     else:
@@ -326,7 +326,8 @@ def made(words: tuple[str, ...]) -> Command:
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if re.search(r"\.venv[\w-]*/bin/", line)]
-    return Command("Makefile", tuple(shlex.split(lines[-1][lines[-1].index(".venv") :])))
+    last = lines[-1].rstrip("\\")
+    return Command("Makefile", split(last[last.index(".venv") :])[0])
 
 
 @functools.cache

@@ -116,9 +116,7 @@ PROGRAMS = {
         "docs/results/ablation_qpwc_fast.csv",
         needs=(*KERAS, "tensorflow_model_optimization"),
     ),
-    "benchmarks/memory.py": Program(
-        "--frames 12", said="5 flows by qpwc_fast", needs=("jinja2", "matplotlib")
-    ),
+    "benchmarks/memory.py": Program("--frames 12", said="5 flows by qpwc", needs=("jinja2", "matplotlib")),
     "benchmarks/profile_ops.py": Program("--runs 1", said=r"\| all \|"),
     "benchmarks/latency.py": Program(
         "--count 10 --estimator dis --limit 5000", said="p95: .* from publish to flow", needs=("rclpy",)
@@ -205,7 +203,7 @@ def small() -> object:
         from qpwc_core.model.config import OPERATING_POINTS
         from qpwc_core.training import interpolation, loop
 
-        for name in ("qpwc_fast", "qpwc"):
+        for name in list(OPERATING_POINTS):
             point = dataclasses.replace(SINGLE, name=name, height=HEIGHT, width=WIDTH)
             patch.setitem(OPERATING_POINTS, name, point)
         for module in (loop, interpolation):
@@ -281,10 +279,11 @@ def write_trained(folder: Path) -> None:
         textures=str(folder / "TEXTURES.npz"),
     )
     bundle.export_step(config, first)
-    for name in ("bundle/qpwc_fast", "bundle/qpwc", "bundles/qpwc_fast", "bundles/qpwc"):
-        (folder / "out" / name).mkdir(parents=True)
-        for path in first.glob("*.*"):
-            shutil.copy(path, folder / "out" / name)
+    for name in OPERATING_POINTS:
+        for copy in (first / name, folder / "out/bundles" / name):
+            copy.mkdir(parents=True)
+            for path in first.glob("*.*"):
+                shutil.copy(path, copy)
     for name in ("bundle/run/state.npz", "run/qpwc_fast/averages_12419.npz"):
         (folder / "out" / name).parent.mkdir(parents=True)
         shutil.copy(first / "state.npz", folder / "out" / name)
