@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,36 @@ def wait_until(condition: Callable[[], Any], timeout: float = 30.0, what: str = 
             return value
         time.sleep(0.01)
     raise AssertionError(f"not within {timeout} s: {what or condition}")
+
+
+def make_prefix(folder: Path) -> dict[str, str]:
+    """Lay out this source tree as an installation of colcon's, as far as `ros2 launch` and `ros2 run` look at it.
+
+    Returns:
+        The environment variables with which it is found.
+    """
+    share, programs = folder / "share" / "qpwc_ros", folder / "lib" / "qpwc_ros"
+    marker = folder / "share" / "ament_index" / "resource_index" / "packages" / "qpwc_ros"
+    for directory in (share, programs, marker.parent):
+        directory.mkdir(parents=True)
+    marker.touch()
+    for name in ("launch", "config"):  # `ros2 launch` looks into no linked directory
+        shutil.copytree(ROOT / name, share / name)
+    for name in ("models", "package.xml"):
+        (share / name).symlink_to(ROOT / name)
+    for name in ("flow", "camera"):
+        program = programs / name
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom qpwc_ros.nodes.{name} import main\nsys.exit(main())\n"
+        )
+        program.chmod(0o755)
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        "AMENT_PREFIX_PATH": os.pathsep.join(
+            filter(None, [str(folder), os.environ.get("AMENT_PREFIX_PATH", "")])
+        ),
+        "ROS_LOG_DIR": str(folder / "log"),
+    }
 
 
 class MovingTexture:

@@ -1,13 +1,26 @@
-"""Every command in the documentation: `qpwc` is run, what needs more than this machine is checked by parts.
+"""Every command in the documentation is run, or, where that cannot be, read as its program reads it.
 
-A command that is not known here fails, so that a new one gets a decision: run it, check it, or name it in
-ELSEWHERE.
+| command | what is done with it, where |
+|---|---|
+| `qpwc …` | run, here; but what is in NOT_RUN, which other tests run |
+| `python training/…`, `benchmarks/…` | read by the program's own parser, here; one for each set of options is run, by test_programs_docs.py: a run takes seconds, and other values are nothing new to it |
+| `python -m qpwc_ros.nodes…` | parameters, here; run by test_docs_ros.py where ROS 2 is |
+| `ros2 …` | names of files, arguments, parameters, here; run by test_docs_ros.py where there is a program `ros2`, which no package registry has |
+| `make …` | `make -n`, and what the target runs at last is read as a command of its own, here; the targets themselves make environments from downloads, and CI runs two of them |
+| `colcon build` | the package's name, here; run by test_packaging_colcon.py |
+| `pip`, `venv` | names of requirements and extras, here: they download; CI's own environment is made by such a command |
+| `export` | the value, here |
+| drivers, `sudo`, `rosdep`, `git`, `docker`, … | known word by word (ELSEWHERE, FOREIGN): they change the machine, or are not ours |
+
+A command that is not known here fails, so that a new one gets a decision.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -174,37 +187,77 @@ def run_qpwc(words: list[str], inputs: Path, tmp_path: Path, monkeypatch) -> Non
 # Everything else
 
 
+# What programs of this repository import and need not have to read their options.
+HEAVY = (
+    "tensorflow",
+    "tf_keras",
+    "tensorflow_model_optimization",
+    "jax",
+    "jaxlib",
+    "rclpy",
+    "sensor_msgs",
+    "diagnostic_msgs",
+    "lifecycle_msgs",
+    "std_srvs",
+    "rcl_interfaces",
+    "std_msgs",
+    "builtin_interfaces",
+)
+# Runs a program as often as there are lists of arguments, each time until it has parsed them; prints what it says of
+# each, or null.
+PARSE = """
+import argparse, contextlib, io, json, runpy, sys
+sys.path.insert(0, "docs")
+import stand_ins
+stand_ins.install(*json.loads(sys.argv[1]))
+script, lines = sys.argv[2], json.load(sys.stdin)
+sys.path[0] = script.rpartition("/")[0]
+
+class Parsed(BaseException):
+    pass
+
+def stop(self, *given, parse=argparse.ArgumentParser.parse_args, **options):
+    parse(self, *given, **options)
+    raise Parsed
+
+argparse.ArgumentParser.parse_args = stop
+answers = []
+for line in lines:
+    sys.argv = [script, *line]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            runpy.run_path(script, run_name="__main__")
+        answers.append("did not parse its arguments")
+    except Parsed:
+        answers.append(None)
+    except SystemExit:
+        answers.append(said.getvalue())
+print(json.dumps(answers))
+"""
+
+
+def parse(script: str, lines: list[tuple[str, ...]]) -> dict[tuple[str, ...], str | None]:
+    """What a program's own parser says of arguments; None if it takes them. Nothing heavy is imported for it."""
+    command = [sys.executable, "-c", PARSE, json.dumps(HEAVY), script]
+    done = subprocess.run(
+        command, cwd=ROOT, input=json.dumps(lines), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(lines, json.loads(done.stdout), strict=True))
+
+
 @functools.cache
-def script_options(script: str) -> frozenset[str]:
-    """The options that a program of this repository shows in its --help; nothing heavy is imported for it."""
-    heavy = (
-        "tensorflow",
-        "tf_keras",
-        "tensorflow_model_optimization",
-        "jax",
-        "jaxlib",
-        "rclpy",
-        "sensor_msgs",
-    )
-    heavy += (
-        "diagnostic_msgs",
-        "lifecycle_msgs",
-        "std_srvs",
-        "rcl_interfaces",
-        "std_msgs",
-        "builtin_interfaces",
-    )
-    code = (
-        f"import runpy, sys; sys.path.insert(0, 'docs'); import stand_ins; stand_ins.install(*{heavy!r})\n"
-        f"sys.argv = [{script!r}, '--help']; sys.path[0] = {str(Path(script).parent)!r}\n"
-        f"runpy.run_path({script!r}, run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    text = done.stdout
-    if not text:  # a program without options, which says so in its first lines
-        text = (ROOT / script).read_text()
-        assert "argparse" not in text, f"{script} --help: {done.stderr[-500:]}"
-    return frozenset(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text))
+def documented(script: str) -> dict[tuple[str, ...], str | None]:
+    """`parse` of every command of the documentation that runs a program."""
+    found = (command.words for command in [*COMMANDS, *mentions()])
+    return parse(script, list(dict.fromkeys(words[2:] for words in found if words[1:2] == (script,))))
+
+
+def check_arguments(script: str, arguments: tuple[str, ...]) -> None:
+    known = documented(script)
+    error = known[arguments] if arguments in known else parse(script, [arguments])[arguments]
+    assert error is None, error
 
 
 def check_options(words: tuple[str, ...], known: frozenset[str] | set[str]) -> None:
@@ -215,11 +268,16 @@ def check_options(words: tuple[str, ...], known: frozenset[str] | set[str]) -> N
 def check_python(words: tuple[str, ...]) -> None:
     if words[0] != "-m":
         assert (ROOT / words[0]).is_file(), f"no program {words[0]}"
-        check_options(words[1:], script_options(words[0]))
+        check_arguments(words[0], words[1:])
     elif words[1] == "pip":
         check_pip(words[2:])
     elif words[1] == "venv":
         assert re.fullmatch(r"\.venv(-\w+)?", words[2])
+    elif words[1] == "pytest":
+        markers = re.findall(r"^    (\w+):", (ROOT / "pytest.ini").read_text(), re.MULTILINE)
+        assert words[2:] == () or (words[2] == "-m" and words[3] in markers)
+    elif words[1] == "mkdocs":  # run by test_docs_site.py
+        assert words[2:] == ("build", "--strict", "--quiet") and (ROOT / "mkdocs.yml").is_file()
     else:
         assert (ROOT / (words[1].replace(".", "/") + ".py")).is_file() or words[1] == "qpwc_core.cli"
         if words[1] == "qpwc_core.cli":
@@ -251,6 +309,24 @@ def check_make(words: tuple[str, ...]) -> None:
             assert re.search(rf"^{variable[1]} \?=", text, re.MULTILINE), f"make has no variable {word}"
         else:
             assert re.search(rf"^{word}:", text, re.MULTILINE), f"make has no target {word}"
+    if shutil.which("make"):
+        check_parts(made(words))
+
+
+@functools.cache
+def made(words: tuple[str, ...]) -> Command:
+    """What a target of the Makefile runs at last, without the variables and the environment around it."""
+    # Not what was given to the `make test` that runs this.
+    given = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    given += ["MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS"]
+    environment = {name: value for name, value in os.environ.items() if name not in given}
+    done = subprocess.run(
+        ["make", "-n", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if re.search(r"\.venv[\w-]*/bin/", line)]
+    last = lines[-1].rstrip("\\")
+    return Command("Makefile", split(last[last.index(".venv") :])[0])
 
 
 @functools.cache
@@ -328,6 +404,9 @@ def check_export(words: tuple[str, ...]) -> None:
     for word in words:
         name, _, value = word.partition("=")
         assert name in VARIABLES, f"export {name} has no decision"
+        if name == "TF_CONFIG":
+            cluster = json.loads(value)
+            assert cluster["task"]["index"] < len(cluster["cluster"][cluster["task"]["type"]])
         if VARIABLES[name]:
             assert value == f"SHARE/{VARIABLES[name]}"
             check_share(value)
@@ -343,7 +422,15 @@ def check_rviz(words: tuple[str, ...]) -> None:
     check_share(words[1])
 
 
+def check_qpwc(words: tuple[str, ...]) -> None:
+    try:
+        qpwc_parser().parse_args(words)
+    except SystemExit as end:
+        raise AssertionError(f"qpwc {' '.join(words)} is not understood") from end
+
+
 CHECKS = {
+    "qpwc": check_qpwc,
     "python": check_python,
     "pip": check_pip,
     "make": check_make,
@@ -387,6 +474,8 @@ def test_commands_within_sentences_name_what_there_is():
             if command.program == "qpwc":
                 if command.words[1] not in ("COMMAND", "--help"):
                     check_options(command.words[2:], option_strings(command.words[1]) | {"-o"})
+            elif command.program == "python" and len(command.words) == 2:
+                assert (ROOT / command.words[1]).is_file()  # only named, perhaps without what it needs
             else:
                 check_parts(command)
         except (AssertionError, IndexError) as error:
@@ -415,14 +504,19 @@ def test_commands_are_found():
     "line",
     [
         "python training/train.py --no-such-option 1",
+        "python training/train.py --steps many",
+        "python training/train.py --dataset no_such",
         "python training/no_such_program.py",
         "make no_such_target",
+        "make demo DEMO_OPTIONS=--no-such-option",
+        "make weights CONFIG='config/recipes/qpwc_fast.yaml --no-such-option'",
         "ros2 launch qpwc_ros flow.launch.py no_such:=1",
         "ros2 run qpwc_ros no_such",
         "ros2 param set flow no_such 1",
         "ros2 no such",
         "pip install no_such_package",
         "export NO_SUCH=1",
+        """export TF_CONFIG='{"cluster": {"worker": ["one:1"]}, "task": {"type": "worker", "index": 1}}'""",
         "unheard-of --of",
         "sudo rm",
     ],

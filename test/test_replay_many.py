@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from replay_bags import moving_frames, run_replay, write_bag
@@ -11,6 +19,7 @@ from qpwc_core.errors import QpwcError, UsageError
 from qpwc_ros.replay import many
 from qpwc_ros.replay.bag import BagError
 
+ROOT = Path(__file__).resolve().parents[1]
 TIMED = ("latency_ms",)
 
 
@@ -77,9 +86,11 @@ def test_aggregate_report(bags, serial):
     assert (serial / "left" / "report.html").is_file() and (serial / "right" / "results").is_dir()
 
 
-# An estimator whose process dies, as one does that runs out of memory: on wide images always, else once.
-FRAGILE = """
+# Estimators as a package has them: one whose process dies, as one does that runs out of memory, on wide images always,
+# else once; and one that takes its time, but for small images.
+PLUGIN = """
 import os
+import time
 from pathlib import Path
 from qpwc_ros.plugins.estimators import DisEstimator
 
@@ -90,19 +101,32 @@ class Fragile(DisEstimator):
             died.touch()
             os._exit(9)
         return super().encode(image)
+
+class Slow(DisEstimator):
+    def encode(self, image):
+        if image.shape[1] > 64:
+            time.sleep(0.5)
+        return super().encode(image)
 """
 
 
 @pytest.fixture
-def fragile(tmp_path, monkeypatch):
-    """The estimator of this name, as an installed package has it."""
+def plugins(tmp_path) -> Path:
+    """Where a package with the estimators `fragile` and `slow` is installed."""
     site = tmp_path / "site"
-    metadata = site / "fragile-1.dist-info"
+    metadata = site / "replay_plugin-1.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[qpwc_ros.estimators]\nfragile = fragile_plugin:Fragile\n")
-    (site / "fragile_plugin.py").write_text(FRAGILE)
-    monkeypatch.syspath_prepend(site)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: replay_plugin\nVersion: 1\n")
+    entries = "[qpwc_ros.estimators]\nfragile = replay_plugin:Fragile\nslow = replay_plugin:Slow\n"
+    (metadata / "entry_points.txt").write_text(entries)
+    (site / "replay_plugin.py").write_text(PLUGIN)
+    return site
+
+
+@pytest.fixture
+def fragile(plugins, monkeypatch) -> str:
+    """The estimator of this name."""
+    monkeypatch.syspath_prepend(plugins)
     return "fragile"
 
 
@@ -116,6 +140,123 @@ def test_side_by_side_is_the_same_and_survives_dead_processes(bags, serial, frag
     assert found == figures(serial)
     # Nothing is left of what the dead ones began.
     assert sorted(p.name for p in out.iterdir()) == ["index.html", "left", "metrics.json", "right"]
+
+
+def processes_of(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, number = status.read_text().rpartition(")")[2].split()[:3]
+            if int(number) == group and state != "Z":
+                found.append(int(status.parent.name))
+    return found
+
+
+def wait_until(condition, what: str) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def side_by_side(plugins, *bags) -> Iterator[subprocess.Popen]:
+    """`qpwc replay --jobs 2` with the estimator `slow`, in a process group of its own, into the directory `out`."""
+    command = [sys.executable, "-m", "qpwc_core.cli", "replay", *map(str, bags), "--estimator", "slow"]
+    path = os.pathsep.join([str(ROOT), str(plugins), os.environ.get("PYTHONPATH", "")])
+    # Whoever runs the tests in the background has them ignore Ctrl-C, and what they start with them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*command, "--jobs", "2", "--report", "out"],
+            cwd=plugins.parent,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def begun(folder: Path, name: str) -> bool:
+    """Whether a flow of this bag has been written."""
+    return any(path.stat().st_size > 50_000 for path in folder.glob(f".out.*/.{name}.*/results/*.mcap"))
+
+
+@pytest.fixture
+def long_bags(tmp_path) -> list[Path]:
+    """Each takes the estimator `slow` a minute."""
+    for name in ("long", "longer", "late"):
+        write_bag(tmp_path / name, moving_frames(200, 1, 0, 72, 96))
+    return [tmp_path / name for name in ("long", "longer", "late")]
+
+
+@pytest.mark.parametrize("whom", ["all of its processes", "it alone"])
+def test_ctrl_c_ends_what_runs_side_by_side(tmp_path, plugins, long_bags, whom):
+    write_bag(tmp_path / "short", moving_frames(5, 1, 0, 48, 64))
+    with side_by_side(plugins, tmp_path / "short", *long_bags) as process:
+        wait_until(lambda: list(tmp_path.glob(".out.*/short/metrics.json")), "the short bag to be done")
+        wait_until(lambda: begun(tmp_path, "long") and begun(tmp_path, "longer"), "the others to have begun")
+        start = time.monotonic()
+        if whom == "it alone":
+            process.send_signal(signal.SIGINT)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        assert time.monotonic() - start < 40  # the bags would have taken longer
+        wait_until(lambda: not processes_of(process.pid), "its processes to end")
+    assert process.returncode == 130, errors
+    assert "Traceback" not in output + errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("qpwc:")]
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    found = {bag["name"]: bag for bag in content["bags"]}
+    assert list(found) == ["short", "long", "longer", "late"]
+    assert found["short"]["error"] is None and found["short"]["summary"]["flow"]["pairs_in"] == 2
+    assert found["late"]["error"].endswith("late: not replayed, interrupted")
+    # A busy machine may not have had the time for these reports.
+    early = [name for name in ("long", "longer") if found[name]["ended_early"] == "interrupted"]
+    for name in {"long", "longer"} - set(early):
+        assert found[name]["error"].endswith(f"{name}: interrupted before there was a report")
+    for name in early:
+        assert 1 <= found[name]["summary"]["flow"]["pairs_in"] < 90
+    reports = {path.parent.name for path in (tmp_path / "out").glob("*/report.html")}
+    assert reports == {"short", *early}
+    assert line.startswith(f"qpwc: interrupted: {len(reports)} of 4 bags have a report")
+    text = (tmp_path / "out" / "index.html").read_text()
+    assert "Ended early: 3 of 4 bags were seen." in text and "late: not replayed, interrupted" in text
+    assert not list(tmp_path.glob(".out*")) and not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, plugins, long_bags):
+    with side_by_side(plugins, *long_bags) as process:
+        wait_until(lambda: begun(tmp_path, "long"), "a bag to have begun")
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.2)  # two at once may be one
+        _, errors = process.communicate(timeout=60)
+        wait_until(lambda: not processes_of(process.pid), "its processes to end")
+    assert process.returncode == 130
+    lines = [line for line in errors.splitlines() if line.startswith(("qpwc:", "Traceback"))]
+    assert lines == ["qpwc: interrupted before any bag had a report"], errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "long", "longer", "site"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_is_left_when_it_is_ended(tmp_path, plugins, long_bags, how):
+    with side_by_side(plugins, *long_bags) as process:
+        wait_until(lambda: list(tmp_path.glob(".out.*/.long.*")), "a bag to have begun")
+        process.send_signal(how)
+        assert process.wait(60) == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[how]
+        wait_until(lambda: not processes_of(process.pid), "its processes to end")
 
 
 def test_on_a_cluster_it_is_the_same(bags, serial, tmp_path):

@@ -26,7 +26,7 @@ from launch.actions import (
     OpaqueFunction,
     SetEnvironmentVariable,
 )
-from ros_harness import ROOT, SECOND, Client, MovingTexture, flow_error, image, wait_until
+from ros_harness import ROOT, SECOND, Client, MovingTexture, flow_error, image, make_prefix, wait_until
 from sensor_msgs.msg import Image
 
 from qpwc_core.video import VideoWriter
@@ -93,18 +93,6 @@ def test_a_parameter_file_that_is_not_there_is_named(module, tmp_path):
 
 def start(folder, file, arguments):
     """Launch a file in a process of its own; its output goes to out.txt in the folder."""
-    # An installation prefix as colcon lays it out, with only what `ros2 launch` looks at.
-    marker = folder / "share" / "ament_index" / "resource_index" / "packages" / "qpwc_ros"
-    programs = folder / "lib" / "qpwc_ros"
-    marker.parent.mkdir(parents=True)
-    programs.mkdir(parents=True)
-    marker.touch()
-    for name in ("flow", "camera"):
-        program = programs / name
-        program.write_text(
-            f"#!{sys.executable}\nimport sys\nfrom qpwc_ros.nodes.{name} import main\nsys.exit(main())\n"
-        )
-        program.chmod(0o755)
     driver = (
         "import sys; from launch import *; from launch.actions import IncludeLaunchDescription as I\n"
         "from launch.launch_description_sources import PythonLaunchDescriptionSource as S\n"
@@ -112,14 +100,7 @@ def start(folder, file, arguments):
         f"s.include_launch_description(LaunchDescription([I(S({str(file)!r}), launch_arguments=a)]))\n"
         "sys.exit(s.run())\n"
     )
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    prefix = os.pathsep.join(filter(None, [str(folder), os.environ.get("AMENT_PREFIX_PATH", "")]))
-    env = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "AMENT_PREFIX_PATH": prefix,
-        "ROS_LOG_DIR": str(folder / "log"),
-    }
+    env = {**os.environ, **make_prefix(folder)}
     with (folder / "out.txt").open("w") as out:
         return subprocess.Popen([sys.executable, "-c", driver], env=env, stdout=out, stderr=out)
 

@@ -5,27 +5,38 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from qpwc_core.cli.common import print_table
 from qpwc_core.errors import QpwcError
 from qpwc_ros.replay import evaluate, report
 from qpwc_ros.replay.bag import BagError, data_files
+from qpwc_ros.replay.interrupt import heeded_interrupt, postponed_interrupt, take_for_ctrl_c
 from qpwc_ros.replay.output import METRICS, remove_partial, replaced_directory
 from qpwc_ros.replay.run import SUBJECT
 from qpwc_ros.replay.single import Options, Outcome, replay_bag
 
-
 # How often a bag is tried whose process dies.
 ATTEMPTS = 2
+#: Seconds after Ctrl-C that processes have to finish their reports.
+PATIENCE = 8.0
+#: What ends a bag early in a process of its own. Not SIGINT: a terminal sends that to all processes, and to be told
+#: by the terminal and by this process would be to be told twice.
+STOP = signal.SIGUSR1
+#: Seconds between looks at what happened meanwhile.
+_LOOK = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,16 @@ class Result:
     bag: str
     outcome: Outcome | None
     error: str | None
+    lost: bool = False  # by Ctrl-C, the reason why there is no outcome
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C kept it from being all done."""
+        return self.outcome.interrupted if self.outcome else self.lost
+
+
+#: Called with each result as it comes.
+Take = Callable[[Result], None]
 
 
 def find_bags(given: Sequence[str]) -> list[Path]:
@@ -106,11 +127,15 @@ def replay_bags(
         jobs: how many bags at a time, each in a process of its own.
         scheduler: address of a Dask scheduler whose workers do it instead; they must see the same paths.
 
+    Ctrl-C ends it: what is being worked on gets the time to report on what was seen, side by side `PATIENCE` seconds
+    for it, and a second Ctrl-C does not wait. The bags done are reported in any case, the others named.
+
     Returns:
-        The program's exit code: 1 if a bag failed or ended early, 130 on Ctrl-C. The bags done are reported.
+        The program's exit code: 1 if a bag failed or ended early, 130 on Ctrl-C.
 
     Raises:
         QpwcError: `target` is something else, the cluster cannot be reached, or every bag failed.
+        KeyboardInterrupt: Ctrl-C before any bag had a report.
         ImportError: `scheduler` without Dask distributed.
     """
     with replaced_directory(target) as directory:
@@ -121,38 +146,47 @@ def replay_bags(
         results: dict[str, Result] = {}
         from tqdm import tqdm
 
-        done = _on_cluster(tasks, scheduler) if scheduler else _in_processes(tasks, jobs)
         with tqdm(total=len(tasks), unit="bag", desc="replay", leave=False) as bar:
-            try:
-                for result in done:
-                    results[result.name] = result
-                    bar.update()
-            except KeyboardInterrupt:
-                # Whoever works on a bag finishes its report; the rest is left.
-                with contextlib.suppress(KeyboardInterrupt, StopIteration):
-                    result = done.throw(KeyboardInterrupt())
-                    results[result.name] = result
-                for result in done:
-                    results[result.name] = result
-        ordered = [results[name] for name, *_ in tasks if name in results]
-        interrupted = len(ordered) < len(tasks) or any(r.outcome and r.outcome.interrupted for r in ordered)
-        if not any(result.outcome for result in ordered):
-            errors = [result.error for result in ordered if result.error]
-            raise QpwcError(f"no bag could be replayed: {errors[0] if errors else 'interrupted'}")
-        summary = aggregate(ordered)
-        _write(directory, ordered, summary, options, len(tasks))
+
+            def take(result: Result) -> None:
+                results[result.name] = result
+                bar.update()
+
+            if scheduler:
+                _on_cluster(tasks, scheduler, take)
+            elif jobs == 1:
+                _one_by_one(tasks, take)
+            else:
+                _side_by_side(tasks, jobs, take)
+        begun = len(results)
+        ordered = [
+            results.get(name) or Result(name, bag, None, f"{bag}: not replayed, interrupted", lost=True)
+            for name, bag, *_ in tasks
+        ]
+        interrupted = any(result.interrupted for result in ordered)
+        done = sum(result.outcome is not None for result in ordered)
+        if not done and interrupted:
+            print("qpwc: interrupted before any bag had a report", file=sys.stderr)
+            raise KeyboardInterrupt
+        if not done:
+            raise QpwcError(f"no bag could be replayed: {ordered[0].error}")
+        # What took long to compute is not thrown away for one Ctrl-C more.
+        with postponed_interrupt():
+            summary = aggregate(ordered)
+            _write(directory, ordered, summary, options, begun)
     print_table(*_terminal_table(ordered))
     print()
     rows = _means(summary)
     print_table(rows[1:], rows[0])
     print(f"\n{target / 'index.html'}")
-    problems = [
-        r.error or r.outcome.stopped
-        for r in ordered
-        if r.error or (r.outcome.stopped and not r.outcome.interrupted)
-    ]
+    problems = [r.error or r.outcome.stopped for r in ordered if not r.interrupted]
+    problems = [problem for problem in problems if problem]
     for problem in problems:
         print(f"qpwc: error: {problem}", file=sys.stderr)
+    if interrupted:
+        line = f"interrupted: {done} of {len(ordered)} bags have a report"
+        early = sum(r.interrupted for r in ordered if r.outcome)
+        print(f"qpwc: {line}{f', {early} of them on a part' if early else ''}", file=sys.stderr)
     return 130 if interrupted else 1 if problems else 0
 
 
@@ -178,17 +212,52 @@ def _task(name: str, bag: str, target: str, options: Options) -> Result:
         return Result(name, bag, None, f"{error.filename or target}: {error.strerror or error}")
 
 
+def _interrupted(name: str, bag: str) -> Result:
+    return Result(name, bag, None, f"{bag}: interrupted before there was a report", lost=True)
+
+
+def _failed(name: str, bag: str, error: Exception) -> Result:
+    return Result(name, bag, None, f"{bag}: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def _one_by_one(tasks: Sequence[tuple], take: Take) -> None:
+    """In this process."""
+    for name, bag, *rest in tasks:
+        try:
+            result = _task(name, bag, *rest)
+        except KeyboardInterrupt:  # when no report was possible yet, or the second one
+            result = _interrupted(name, bag)
+        take(result)
+        if result.interrupted:
+            return
+
+
+# Side by side
+
+
 def _task_in_process(*task) -> Result:
-    # Ctrl-C reaches this process too, and ends the bag that it works on early; between bags it is ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with heeded_interrupt():
         return _task(*task)
-    finally:
-        _ignore_interrupts()
 
 
-def _ignore_interrupts() -> None:
+def _begin_process() -> None:
+    """Prepare a process that replays bags."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    take_for_ctrl_c(STOP)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _block_interrupts() -> None:
+    # For a thread that starts processes, since they inherit it: Ctrl-C is for this process alone, also while
+    # another one is being started and has no say in it yet. multiprocessing starts one of its own with the first,
+    # and lets Ctrl-C through after that.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 class _Workers:
@@ -197,22 +266,25 @@ class _Workers:
     def __init__(self) -> None:
         self._own = threading.local()
         self._pools: list[ProcessPoolExecutor] = []
-        self.stopping = False
+        self._others = set(multiprocessing.active_children())
+        self._stopping = False
 
     def run(self, name: str, bag: str, target: str, options: Options) -> Result:
         """Replay a bag. One whose process dies, as when memory ran out, gets a second chance in a new one."""
         for _ in range(ATTEMPTS):
+            if self._stopping:
+                return _interrupted(name, bag)
             try:
                 return self._pool().submit(_task_in_process, name, bag, target, options).result()
-            except KeyboardInterrupt:  # in the process, when no report was possible yet, or no longer
-                return Result(name, bag, None, f"{bag}: interrupted")
+            except KeyboardInterrupt:  # in the process, when no report was possible yet
+                return _interrupted(name, bag)
             except BrokenProcessPool:
                 self._own.pool = None
                 remove_partial(Path(target))
-                if self.stopping:
-                    return Result(name, bag, None, f"{bag}: interrupted")
             except Exception as error:
                 return _failed(name, bag, error)
+        if self._stopping:
+            return _interrupted(name, bag)
         return Result(name, bag, None, f"{bag}: the process that replayed it died {ATTEMPTS} times")
 
     def _pool(self) -> ProcessPoolExecutor:
@@ -220,10 +292,17 @@ class _Workers:
         pool = getattr(self._own, "pool", None)
         if pool is None:
             # Not forked: native libraries have threads that a fork would lose.
-            pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_ignore_interrupts)
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin_process)
             self._own.pool = pool
             self._pools.append(pool)
         return pool
+
+    def stop(self, number: int) -> None:
+        """Start no more, and send this signal to those that there are."""
+        self._stopping = True
+        for process in set(multiprocessing.active_children()) - self._others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
     def close(self) -> None:
         """End all processes."""
@@ -231,34 +310,35 @@ class _Workers:
             pool.shutdown()
 
 
-def _failed(name: str, bag: str, error: Exception) -> Result:
-    return Result(name, bag, None, f"{bag}: {' '.join(str(error).split()) or type(error).__name__}")
+def _side_by_side(tasks: Sequence[tuple], jobs: int, take: Take) -> None:
+    """Each in a process, `jobs` at a time."""
+    threads = ThreadPoolExecutor(min(jobs, len(tasks)), initializer=_block_interrupts)
+    workers = _Workers()
+    pending = {threads.submit(workers.run, *task) for task in tasks}
+    end = float("inf")
+    try:
+        with postponed_interrupt(2) as interrupt:
+            while pending:
+                done, pending = wait(pending, _LOOK, FIRST_COMPLETED)
+                for future in done:
+                    take(future.result())
+                now = time.monotonic()
+                if interrupt.seen and end == float("inf"):
+                    end = now + PATIENCE
+                    pending = {future for future in pending if not future.cancel()}
+                    workers.stop(STOP)
+                if now > end or interrupt.count > 1:
+                    workers.stop(signal.SIGKILL)
+    finally:
+        # Whatever ended the loop early, nobody waits for what they do.
+        while pending := {future for future in pending if not (future.cancel() or future.done())}:
+            workers.stop(signal.SIGKILL)
+            wait(pending, _LOOK)
+        threads.shutdown(cancel_futures=True)
+        workers.close()
 
 
-def _in_processes(tasks: Sequence[tuple], jobs: int) -> Generator[Result, None, None]:
-    if jobs == 1:
-        for task in tasks:
-            result = _task(*task)
-            yield result
-            if result.outcome and result.outcome.interrupted:
-                return
-        return
-    threads = ThreadPoolExecutor(min(jobs, len(tasks)))
-    with contextlib.closing(_Workers()) as workers:
-        pending = [threads.submit(workers.run, *task) for task in tasks]
-        try:
-            for future in as_completed(pending):
-                yield future.result()
-        except KeyboardInterrupt:
-            workers.stopping = True
-            for future in as_completed([future for future in pending if not future.cancel()]):
-                yield future.result()
-        finally:
-            workers.stopping = True
-            threads.shutdown(cancel_futures=True)
-
-
-def _on_cluster(tasks: Sequence[tuple], scheduler: str) -> Generator[Result, None, None]:
+def _on_cluster(tasks: Sequence[tuple], scheduler: str, take: Take) -> None:
     from distributed import Client
     from distributed import as_completed as as_dask_completed
 
@@ -266,15 +346,15 @@ def _on_cluster(tasks: Sequence[tuple], scheduler: str) -> Generator[Result, Non
         client = Client(scheduler, timeout="20s")
     except (OSError, ValueError) as error:
         raise QpwcError(f"{scheduler}: no Dask scheduler answers ({' '.join(str(error).split())})") from error
-    with client:
+    with client, contextlib.suppress(KeyboardInterrupt):
         # Names of results are made from the arguments; the same bag is to be computed again in a later run.
         pending = {client.submit(_task, *task, pure=False): task for task in tasks}
         for future in as_dask_completed(pending):
             name, bag, *_ = pending[future]
             try:
-                yield future.result()
+                take(future.result())
             except Exception as error:  # as when the worker died time and again
-                yield _failed(name, bag, error)
+                take(_failed(name, bag, error))
 
 
 def aggregate(results: Sequence[Result]) -> dict[str, dict]:
@@ -335,7 +415,7 @@ def _terminal_table(results: Sequence[Result]) -> tuple[list[list[str]], list[st
     return [[result.name, *cells] for result, cells in rows], ["bag", *headings]
 
 
-def _write(directory: Path, results: Sequence[Result], summary: dict, options: Options, asked: int) -> None:
+def _write(directory: Path, results: Sequence[Result], summary: dict, options: Options, begun: int) -> None:
     content = {
         "format": 1,
         "command": options.command,
@@ -355,7 +435,7 @@ def _write(directory: Path, results: Sequence[Result], summary: dict, options: O
     (directory / METRICS).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     headings, rows = _table(results)
     html = report.template("index.html").render(
-        asked=asked,
+        begun=begun,
         results=results,
         headings=headings,
         rows=rows,
