@@ -8,6 +8,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -173,6 +174,19 @@ def test_the_network_says_which_of_its_inputs_the_last_image_went_to():
     for (height, width), expected in {(240, 320): "320x256", (720, 1280): "736x416", (480, 640): "640x480"}.items():
         network.encode(np.zeros((height, width, 3), np.uint8))
         assert network.describe()["network_input"] == expected
+
+
+@pytest.mark.parametrize(
+    "model, refine, refined", [("qpwc_fast", "auto", "no"), ("qpwc_fast", "always", "yes"), ("qpwc", "auto", "yes")]
+)
+def test_refining_is_told_and_takes_no_more_threads_than_the_network(model, refine, refined):
+    before = cv2.getNumThreads()
+    try:
+        network = TfliteEstimator({"model": model, "precision": "int8", "threads": 1, "refine": refine})
+        assert network.describe()["refined"] == refined
+        assert cv2.getNumThreads() == (1 if refined == "yes" else before)
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_worker_takes_the_newest_and_says_what_it_pushed_out():

@@ -37,7 +37,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
         )
     add_refine_argument(group)
     group.add_argument(
-        "--threads", type=positive_int, metavar="N", help="threads that run the network (default: 2)"
+        "--threads", type=positive_int, metavar="N", help="threads that compute (default: 2 for the network, one for each processor elsewhere)"
     )
     group.add_argument("--delegate", metavar="LIBRARY", help="an accelerator's TFLite delegate, a shared library")
     group.add_argument(
@@ -61,8 +61,12 @@ def add_refine_argument(group: argparse._ActionsContainer) -> None:
 
 def load_estimator(args: argparse.Namespace, precision: str | None = None) -> FlowEstimator:
     """The estimator that the arguments name; `precision` stands in where --precision is not declared."""
+    import cv2
+
     from qpwc_core.runtime import FlowEstimator
 
+    if args.threads is not None:
+        cv2.setNumThreads(args.threads)
     with _native_stderr_closed():  # TFLite announces each delegate, and has no switch for it
         return FlowEstimator.load(
             args.model,

@@ -504,7 +504,7 @@ class FlowNode(Reporting, LifecycleNode):
     def _diagnostic_values(self) -> dict[str, str]:
         camera, estimator = self._camera, self._pipeline.estimator
         values = {"state": self.state, "estimator": self._parameter("estimator") if estimator else ""}
-        values.update({"model": "", "precision": "", "network_input": "", "threads": ""})
+        values.update({"model": "", "precision": "", "network_input": "", "refined": "", "threads": ""})
         values.update(estimator.describe() if estimator else {})
         values["input"] = self._image_topic(camera[0]) if camera else ""
         values["image"] = self._pipeline.source

@@ -13,7 +13,10 @@ from qpwc_ros.plugins.base import Estimator
 
 
 class TfliteEstimator(Estimator):
-    """The quantized network of this package, or any .tflite with its interface."""
+    """The quantized network of this package, or any .tflite with its interface.
+
+    Where its flow is refined, `threads` also sets OpenCV's number of threads, one setting for the whole process.
+    """
 
     def __init__(self, options: Mapping[str, Any]):
         from qpwc_core import FlowEstimator
@@ -26,6 +29,8 @@ class TfliteEstimator(Estimator):
             delegate=_delegate(options),
             refine=REFINE_CHOICES[options.get("refine", AUTO_REFINE)],
         )
+        if self._estimator.refines:
+            cv2.setNumThreads(self._estimator.threads)
         self._input = ""  # which of the network's input sizes the last image went to
 
     @classmethod
@@ -53,6 +58,7 @@ class TfliteEstimator(Estimator):
             "model": info.name,
             "precision": info.precision,
             "network_input": self._input,
+            "refined": "yes" if self._estimator.refines else "no",
             "threads": str(self._estimator.threads),
         }
 

@@ -39,7 +39,7 @@ from qpwc_ros.share import use_large_shared_memory
 DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
 DIAGNOSTIC_ERROR = 2  # diagnostic_msgs/DiagnosticStatus.ERROR
 # What the node's diagnostics say of its estimator, in the words that the offline run uses.
-MODEL_FACTS = ("model", "precision", "network_input", "threads")
+MODEL_FACTS = ("model", "precision", "network_input", "refined", "threads")
 # How long a node may take to load its model and subscribe; to answer the last frame; to stop.
 START_SECONDS = 60.0
 QUIET_SECONDS = 2.0
