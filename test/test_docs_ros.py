@@ -23,6 +23,7 @@ from docs_pages import Command, commands, mentions
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed")
 
+from killed import heeding_ctrl_c
 from ros_harness import (
     ROOT,
     SECOND,
@@ -62,15 +63,10 @@ def cases(found: list[Command]) -> list:
 def running(words: list[str], folder: Path, env: dict[str, str]):
     """A command of a terminal, ended by Ctrl-C, which reaches all of its processes; yields its log."""
     log = folder / "log.txt"
-    # Whoever runs the tests in the background has them ignore Ctrl-C, and what they start with them.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                words, cwd=folder, env={**os.environ, **env}, stdout=out, stderr=out, start_new_session=True
-            )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with heeding_ctrl_c(), log.open("w") as out:
+        process = subprocess.Popen(
+            words, cwd=folder, env={**os.environ, **env}, stdout=out, stderr=out, start_new_session=True
+        )
     try:
         yield log
         assert process.poll() is None, "it ended by itself"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from killed import heeding_ctrl_c
 from replay_bags import moving_frames, run_replay, write_bag
 
 from qpwc_core.errors import QpwcError, UsageError
@@ -165,9 +166,7 @@ def side_by_side(plugins, *bags) -> Iterator[subprocess.Popen]:
     """`qpwc replay --jobs 2` with the estimator `slow`, in a process group of its own, into the directory `out`."""
     command = [sys.executable, "-m", "qpwc_core.cli", "replay", *map(str, bags), "--estimator", "slow"]
     path = os.pathsep.join([str(ROOT), str(plugins), os.environ.get("PYTHONPATH", "")])
-    # Whoever runs the tests in the background has them ignore Ctrl-C, and what they start with them.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with heeding_ctrl_c():
         process = subprocess.Popen(
             [*command, "--jobs", "2", "--report", "out"],
             cwd=plugins.parent,
@@ -177,8 +176,6 @@ def side_by_side(plugins, *bags) -> Iterator[subprocess.Popen]:
             text=True,
             start_new_session=True,
         )
-    finally:
-        signal.signal(signal.SIGINT, before)
     try:
         yield process
     finally:

@@ -37,7 +37,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
         )
     add_refine_argument(group)
     group.add_argument(
-        "--threads", type=positive_int, metavar="N", help="threads that compute (default: 2 for the network, one for each processor elsewhere)"
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="threads that compute (default: 2 for the network, one for each processor elsewhere)",
     )
     group.add_argument("--delegate", metavar="LIBRARY", help="an accelerator's TFLite delegate, a shared library")
     group.add_argument(
