@@ -173,9 +173,10 @@ def test_both_forms_have_the_same_gradients():
         np.testing.assert_allclose(matmul, slices, atol=1e-4)
 
 
-def test_inner_rounding_of_the_cost_volume_is_bounded():
-    """One product per channel and the sum, each off by at most half a step of 2/255."""
-    prev, warped = random(1, 6, 7, 8), random(1, 6, 7, 8, seed=1)
+@pytest.mark.parametrize("width", [7, 12, 16])
+def test_inner_rounding_of_the_cost_volume_is_bounded(width):
+    """One product per channel and the sum, each off by at most half a step of 2/255, however many cells a sum takes."""
+    prev, warped = random(1, 6, width, 8), random(1, 6, width, 8, seed=1)
     prev, warped = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (prev, warped))
     scale = 10.0
     layer = layers.CostVolume(2, scale, "slices", quantized=True)

@@ -384,6 +384,10 @@ ALLOWED_FLOATS = {
     "factors on the flow, biases": (r"(arith\.constant\d*|mul/y)", max(DEEP.context)),
     "kernels of the flow's convolutions": (r"(flow_(step|context)_\d|context_\d_conv\d)/Conv2D", 64),
     "the context network, on the coarsest grid": (r"context_5_(conv\d/(Conv2D1|BiasAdd)|act\d/LeakyRelu)", 64),
+    "feature vectors, their lengths, and both divided": (
+        r"(embed_\d/FakeQuantWithMinMaxVars|match_\d/(Square|Mean|mul|add|Rsqrt|mul_1))", DEEP.match_channels
+    ),
+    "costs and their softmax": (r"(vote_)?shares_\d/Softmax/float(_input)?", 169),
     "what these convolutions read": (rf"decoder_\d_act{len(DEEP.decoder) - 2}/FakeQuantWithMinMaxVars", 64),
 }
 
@@ -434,21 +438,37 @@ def test_any_int8_tensor_that_became_float_would_be_noticed(exported):
 
 
 @pytest.mark.parametrize("size", SIGNATURES)
-def test_encoding_has_no_float_tensor_at_all(exported, size):
-    encode = subgraph_of(exported.model("int8"), SIGNATURES[size][0])
-    assert "FLOAT32" not in {TYPES[tensor.type] for tensor in encode.tensors}
+def test_encoding_leaves_int8_only_for_the_length_of_the_features(exported, size):
+    """From int8 and back to it, once for each level; every convolution is int8."""
+    model = exported.model("int8")
+    steps = list(operators(model, subgraph_of(model, SIGNATURES[size][0])))
+    crossings = [[name for name, *_ in steps].count(kind) for kind in ("DEQUANTIZE", "QUANTIZE")]
+    # The image is rounded as well.
+    assert crossings == [len(DEEP.levels), len(DEEP.levels) + 1]
+    for name, inputs, outputs in steps:
+        if TYPES[outputs[0].type] == "FLOAT32":
+            assert name in ("DEQUANTIZE", "SQUARE", "MEAN", "MUL", "ADD", "RSQRT")
+
+
+def test_no_operation_is_left_whose_int8_form_differs_between_processors(exported):
+    """Softmax and the length of vectors: the runtime rounds them in its own way on each."""
+    model = exported.model("int8")
+    for subgraph in model.subgraphs:
+        for name, inputs, _ in operators(model, subgraph):
+            assert name != "L2_NORMALIZATION"
+            assert (name, TYPES[inputs[0].type]) != ("SOFTMAX", "INT8")
 
 
 @pytest.mark.parametrize("size", SIGNATURES)
 def test_wide_float_tensors_are_only_what_float_convolutions_read(exported, size):
-    """Each is made by a single step from int8, but for those inside of the context network."""
+    """Each is made by a single step from int8, but for those inside of the context network and a softmax's."""
     model = exported.model("int8")
     read, wide, made_from_int8 = set(), set(), 0
     for name, inputs, outputs in operators(model, subgraph_of(model, SIGNATURES[size][1])):
         if name == "CONV_2D" and TYPES[outputs[0].type] == "FLOAT32":
             read.add(inputs[0].name)
         for tensor in outputs:
-            if TYPES[tensor.type] != "FLOAT32" or tensor.shape[-1] <= 2:
+            if TYPES[tensor.type] != "FLOAT32" or tensor.shape[-1] <= 2 or "Softmax" in tensor.name.decode():
                 continue
             if name == "DEQUANTIZE":
                 made_from_int8 += 1
@@ -548,6 +568,37 @@ def test_merged_models_share_buffers_and_both_run(tmp_path):
 
 
 # --- What cannot work ------------------------------------------------------------------------------------
+
+
+def test_a_softmax_in_float_between_int8(tmp_path):
+    """The same shares to a rounding step, through int8 inputs and outputs; a float model stays as it is."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    costs = np.random.default_rng(0).uniform(-8, 8, (20, 1, 4, 9)).astype(np.float32)
+    module = tf.Module()
+    module.f = tf.function(lambda x: tf.nn.softmax(x), input_signature=[tf.TensorSpec(costs.shape[1:], tf.float32)])
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([module.f.get_concrete_function()], module)
+    plain = flatbuffer.merge([converter.convert()])
+    flatbuffer.float_softmax(plain)
+    assert [name for name, *_ in operators(plain, plain.subgraphs[0])] == ["SOFTMAX"]
+
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([row] for row in costs)
+    model = flatbuffer.merge([converter.convert()])
+    kinds = [[name for name, *_ in operators(model, model.subgraphs[0])]]
+    flatbuffer.float_softmax(model)
+    kinds.append([name for name, *_ in operators(model, model.subgraphs[0])])
+    assert kinds[1].count("DEQUANTIZE") == kinds[0].count("DEQUANTIZE") + 1
+    assert kinds[1].count("QUANTIZE") == kinds[0].count("QUANTIZE") + 1
+    flatbuffer.write(model, tmp_path / "softmax.tflite")
+    interpreter = Interpreter(str(tmp_path / "softmax.tflite"))
+    interpreter.allocate_tensors()
+    for row in costs:
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], row)
+        interpreter.invoke()
+        shares = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+        # Half a step, of 16/255, in all costs changes a share by at most half of that.
+        np.testing.assert_allclose(shares, tf.nn.softmax(row), atol=8 / 255 / 2 + 0.5 / 256 + 1e-6)
 
 
 def test_missing_weights_are_named(tmp_path):

@@ -6,6 +6,7 @@ whose *inside* needs ranges in an int8 graph derives from :class:`InnerRanges`.
 
 from __future__ import annotations
 
+import math
 from typing import Callable
 
 import tensorflow as tf
@@ -13,6 +14,11 @@ import tf_keras as keras
 
 PIXEL_ZERO = 128.0
 PIXEL_SCALE = 1.0 / 128.0
+
+# Cells of a cost volume whose channels one convolution sums; more of them multiply with ever more zeros.
+_SUMMED_TOGETHER = 8
+# Under the root of a feature vector's squared length.
+_LENGTH_EPSILON = 1e-6
 
 Tensor = tf.Tensor
 Quantizer = Callable[[Tensor], Tensor]
@@ -123,7 +129,9 @@ def cost_volume_slices(
 
     The shifts of a row are stacked on the batch axis, multiplied by ``prev`` at once, and summed over
     channels by a 1x1 convolution with a constant kernel. Slicing columns once for all rows, and one transpose
-    for all shifts, keep the copying around it small.
+    for all shifts, keep the copying around it small. Fast kernels compute many output channels at once, and a sum is
+    a single one; so cells side by side are taken as the channels of one, and each has its own sum, by a kernel that
+    is zero elsewhere.
 
     Args:
         inner: optional quantizers ``product`` (prev times shifted) and ``sum`` (the result).
@@ -133,7 +141,8 @@ def cost_volume_slices(
     _, height, width, channels = prev.shape
     size = 2 * radius + 1
     padded = tf.pad(warped, [[0, 0], [radius, radius], [radius, radius], [0, 0]])
-    summing = tf.fill([1, 1, channels, 1], scale)
+    together = math.gcd(width, _SUMMED_TOGETHER) if inner else 1  # float kernels take a single channel well
+    summing = tf.reshape(tf.repeat(scale * tf.eye(together), channels, axis=0), [1, 1, together * channels, together])
     if inner:
         summing = tf.quantization.fake_quant_with_min_max_args(summing, min=-scale, max=scale, narrow_range=True)
     columns = tf.concat([padded[:, :, dx : dx + width] for dx in range(size)], axis=0)
@@ -141,6 +150,7 @@ def cost_volume_slices(
     rows = []
     for dy in range(size):
         products = quantize_product(stacked_prev * columns[:, dy : dy + height])
+        products = tf.reshape(products, [-1, height, width // together, together * channels])
         rows.append(quantize_sum(tf.nn.conv2d(products, summing, strides=1, padding="VALID")))
     cost = tf.reshape(tf.concat(rows, axis=0), [size * size, -1, height, width])
     return tf.transpose(cost, [1, 2, 3, 0])
@@ -256,7 +266,9 @@ class NormalizeFeatures(keras.layers.Layer):
     """
 
     def call(self, features: Tensor) -> Tensor:
-        return tf.nn.l2_normalize(features, axis=-1, epsilon=1e-6)
+        # Not tf.nn.l2_normalize: what that is exported to has no fast kernel, and an int8 one that rounds twice.
+        mean_square = tf.reduce_mean(tf.square(features), axis=-1, keepdims=True)
+        return features * tf.math.rsqrt(mean_square * float(features.shape[-1]) + _LENGTH_EPSILON)
 
 
 class ShiftShares(keras.layers.Layer):

@@ -129,6 +129,7 @@ def export_network(
         models += _signatures(config, weights, (height, width), names, quantized, prepare)
         sizes.append({"height": height, "width": width, **names})
     merged = flatbuffer.merge(models)
+    flatbuffer.float_softmax(merged)
     flatbuffer.set_metadata(
         merged,
         {

@@ -54,6 +54,58 @@ def merge(models: Sequence[bytes]) -> "schema.ModelT":
     return result
 
 
+def float_softmax(model: "schema.ModelT") -> None:
+    """Has every int8 softmax of a model computed in float, its input and output being int8 as before.
+
+    The runtime's int8 softmax is slower than its float one and rounds differently from processor to processor, which
+    all that follows makes larger; the converter has no choice to offer.
+    """
+    builtin = schema.BuiltinOperator
+    for subgraph in model.subgraphs:
+        operators = []
+        for operator in subgraph.operators:
+            code = model.operatorCodes[operator.opcodeIndex]
+            kind = max(code.builtinCode, code.deprecatedBuiltinCode)
+            if kind != builtin.SOFTMAX or subgraph.tensors[operator.inputs[0]].type != schema.TensorType.INT8:
+                operators.append(operator)
+                continue
+            (given,), (wanted,) = operator.inputs, operator.outputs
+            name = _name(subgraph.tensors[wanted])
+            float_given = _as_float(subgraph, given, f"{name}/float_input")
+            float_wanted = _as_float(subgraph, wanted, f"{name}/float")
+            operator.inputs, operator.outputs = [float_given], [float_wanted]
+            operators += [
+                _operator(model, builtin.DEQUANTIZE, given, float_given),
+                operator,
+                _operator(model, builtin.QUANTIZE, float_wanted, wanted),
+            ]
+        subgraph.operators = operators
+
+
+def _as_float(subgraph, index: int, name: str) -> int:
+    """A new float tensor of the shape of one that is there."""
+    tensor = copy.deepcopy(subgraph.tensors[index])
+    tensor.name = name.encode()
+    tensor.type, tensor.quantization, tensor.buffer = schema.TensorType.FLOAT32, None, 0
+    subgraph.tensors.append(tensor)
+    return len(subgraph.tensors) - 1
+
+
+def _operator(model: "schema.ModelT", builtin: int, given: int, wanted: int):
+    """A new operator of one input and one output, its code added to the model where it is missing."""
+    codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+    if builtin not in codes:
+        code = schema.OperatorCodeT()
+        code.builtinCode = code.deprecatedBuiltinCode = builtin
+        code.version = 1
+        model.operatorCodes.append(code)
+        codes.append(builtin)
+    operator = schema.OperatorT()
+    operator.opcodeIndex = codes.index(builtin)
+    operator.inputs, operator.outputs = [given], [wanted]
+    return operator
+
+
 def set_metadata(model: "schema.ModelT", values: Mapping) -> None:
     """Stores ``values`` as JSON in the model's metadata table, under the name "qpwc", replacing older ones."""
     data = list(json.dumps(values, sort_keys=True).encode())
