@@ -135,6 +135,7 @@ CUT_WITH = {
 #: Programs that other tests run, or none can.
 NOT_RUN = {
     "benchmarks/publish.py": "test_ros_benchmarks.py",
+    "training/average.py": "test_training_average.py",
     "benchmarks/aarch64/run.py": "needs an arm64 system, which it downloads",
     "docs/generate_reference.py": "test_docs_site.py",
 }

@@ -31,7 +31,7 @@ FIXED_RANGES = {
     "image": (-1.0, 127.0 / 128.0),
     "flow_input": (-1.0, 1.0),
     "weight": (0.0, 1.0),
-    # TFLite's int8 softmax has this output scale and no other.
+    # Of a softmax: int8 steps of 1/256, which leaves out only 1 itself.
     "shares": (0.0, 255.0 / 256.0),
     "vote_shares": (0.0, 255.0 / 256.0),
 }
