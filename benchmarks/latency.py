@@ -1,7 +1,8 @@
 """How long an image takes from the camera's publish to its flow's arrival, over DDS between two processes.
 
     python benchmarks/latency.py --rate 10 --count 100
-    python benchmarks/latency.py --rate 30 --count 300 --limit 15
+    python benchmarks/latency.py --rate 30 --count 300 --model qpwc_fast
+    python benchmarks/latency.py --limit 15
 
 Starts node `flow`, publishes a moving texture at a fixed rate, listens to the flow, and matches the two by
 stamp. Prints latency, the node's own stages, and where every image went. With --limit it fails when the 95th
@@ -33,10 +34,14 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="images (default 100)")
     parser.add_argument("--size", default="640x480", help="WIDTHxHEIGHT (default 640x480)")
     parser.add_argument("--estimator", default="tflite", help="tflite (default) or dis")
+    parser.add_argument("--model", metavar="NAME|FILE", help="of the estimator tflite (default: the node's)")
     parser.add_argument("--threads", type=int, default=0, help="of the estimator (default: its own choice)")
     parser.add_argument("--limit", type=float, help="fail over this many ms above inference, at p95")
     options = parser.parse_args()
     width, height = map(int, options.size.split("x"))
+    parameters = {"estimator": options.estimator, "threads": options.threads, "max_interval": 60}
+    if options.model:
+        parameters["model"] = options.model
     scene = MovingTexture(width=width, height=height)
     frames = [scene.rgb(k) for k in range(8)]
 
@@ -45,7 +50,7 @@ def main() -> int:
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            NodeProcess(Path(folder), estimator=options.estimator, threads=options.threads, max_interval=60),
+            NodeProcess(Path(folder), **parameters),
         ):
             client.publisher("/image", Image)
             flow = client.listen(
