@@ -387,7 +387,7 @@ ALLOWED_FLOATS = {
     "feature vectors, their lengths, and both divided": (
         r"(embed_\d/FakeQuantWithMinMaxVars|match_\d/(Square|Mean|mul|add|Rsqrt|mul_1))", DEEP.match_channels
     ),
-    "costs and their softmax": (r"(vote_)?shares_\d/Softmax/float(_input)?", 169),
+    "costs and their softmax": (r"(vote_)?shares_\d/Softmax/float(_input)?", (2 * max(DEEP.radii) + 1) ** 2),
     "what these convolutions read": (rf"decoder_\d_act{len(DEEP.decoder) - 2}/FakeQuantWithMinMaxVars", 64),
 }
 
@@ -567,9 +567,6 @@ def test_merged_models_share_buffers_and_both_run(tmp_path):
         np.testing.assert_allclose(result, (x + np.arange(4096)) * scale, rtol=1e-6)
 
 
-# --- What cannot work ------------------------------------------------------------------------------------
-
-
 def test_a_softmax_in_float_between_int8(tmp_path):
     """The same shares to a rounding step, through int8 inputs and outputs; a float model stays as it is."""
     from ai_edge_litert.interpreter import Interpreter
@@ -599,6 +596,9 @@ def test_a_softmax_in_float_between_int8(tmp_path):
         shares = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
         # Half a step, of 16/255, in all costs changes a share by at most half of that.
         np.testing.assert_allclose(shares, tf.nn.softmax(row), atol=8 / 255 / 2 + 0.5 / 256 + 1e-6)
+
+
+# --- What cannot work ------------------------------------------------------------------------------------
 
 
 def test_missing_weights_are_named(tmp_path):

@@ -147,13 +147,12 @@ def frames_for(info: ModelInfo, path: Path, seed: int) -> None:
     np.savez(path, prev=sample.prev, next=sample.next)
 
 
-def distance_from_here(guest: Guest, model: Path, frames: Path) -> np.ndarray:
-    """How far apart both machines' flows of a pair are, in pixels of the network's input."""
-    _, flow = guest.run(model, frames, 1, 1)
+def flow_here(model: Path, frames: Path) -> np.ndarray:
+    """The flow that this machine computes of a pair, in pixels of the network's input."""
     here = frames.with_name("here.npz")
     command(sys.executable, HERE / "guest.py", model, frames, here, 1, 1)
     with np.load(here) as out:
-        return np.linalg.norm(out["flow"] - flow, axis=-1)
+        return out["flow"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,10 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
         for path in paths:
             info = read_model_info(path)
             distances = []
-            for seed in reversed(range(args.pairs)):  # the first one is there afterwards
+            for seed in reversed(range(args.pairs)):  # the first pair is what is counted on
                 frames_for(info, frames, seed)
-                distances.append(distance_from_here(guest, path, frames))
-            once, _ = guest.run(path, frames, 1, 1)
+                once, flow = guest.run(path, frames, 1, 1)
+                distances.append(np.linalg.norm(flow_here(path, frames) - flow, axis=-1))
             encode = (guest.run(path, frames, 3, 1)[0] - once) / 2
             match = (guest.run(path, frames, 1, 3)[0] - once) / 2
             streamed[info.name, info.precision] = encode + match

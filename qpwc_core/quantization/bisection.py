@@ -17,6 +17,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
+from qpwc_core.quantization.flatbuffer import add_tensor, conversion, kind_of, opcode, text
 from qpwc_core.runtime.estimator import FlowEstimator
 
 #: A number of bits that stands for no rounding.
@@ -82,21 +83,12 @@ def kernels(model: "schema.ModelT") -> dict[str, np.ndarray]:
     found = {}
     for subgraph in model.subgraphs:
         for operator in subgraph.operators:
-            if _code(model, operator) == _CONV_2D:
+            if kind_of(model, operator) == _CONV_2D:
                 kernel = subgraph.tensors[operator.inputs[1]]
                 data = np.frombuffer(bytes(model.buffers[kernel.buffer].data), np.float32)
                 # Not by its output's name: a signature's output has lost its layer's.
-                found[layer_of(_text(kernel.name))] = data.reshape(kernel.shape)
+                found[layer_of(text(kernel.name))] = data.reshape(kernel.shape)
     return found
-
-
-def _code(model, operator) -> int:
-    code = model.operatorCodes[operator.opcodeIndex]
-    return max(code.builtinCode, code.deprecatedBuiltinCode)
-
-
-def _text(name) -> str:
-    return name.decode() if isinstance(name, bytes) else name
 
 
 class Loosened:
@@ -114,7 +106,7 @@ class Loosened:
             for operator in subgraph.operators:
                 tensor = subgraph.tensors[operator.outputs[0]]
                 if tensor.type == _INT8:
-                    name = _text(tensor.name)
+                    name = text(tensor.name)
                     self.tensors[tensor_of(name)] = layer_of(name)
 
     def float_tensors(self, group: str) -> list[str]:
@@ -123,7 +115,7 @@ class Loosened:
         for subgraph in self._model.subgraphs:
             for operator in subgraph.operators:
                 tensor = subgraph.tensors[operator.outputs[0]]
-                name = _text(tensor.name)
+                name = text(tensor.name)
                 if tensor.type == _FLOAT32 and GROUPS[group].fullmatch(layer_of(name)):
                     found.append(tensor_of(name))
         return found
@@ -156,7 +148,6 @@ class _Rewriter:
     def __init__(self, model, subgraph, float_kernels, bits, kernel_bits, ranges):
         self._model, self._subgraph = model, subgraph
         self._kernels, self._bits, self._kernel_bits, self._ranges = float_kernels, bits, kernel_bits, ranges
-        self._codes: dict[int, int] = {}
 
     def rewrite(self) -> None:
         subgraph = self._subgraph
@@ -175,17 +166,17 @@ class _Rewriter:
         for operator in operators:
             operator.inputs = [replaced.get(index, index) for index in operator.inputs]
             output = operator.outputs[0]
-            kind = _code(self._model, operator)
+            kind = kind_of(self._model, operator)
             source = subgraph.tensors[operator.inputs[0]]
             last = output
             if kind in (_QUANTIZE, _DEQUANTIZE) and source.type == _FLOAT32:
                 last = operator.inputs[0]  # nothing is left to do
             else:
                 if kind == _QUANTIZE and source.type == _UINT8:
-                    operator.opcodeIndex, operator.builtinOptions = self._opcode(_DEQUANTIZE), None
+                    operator.opcodeIndex, operator.builtinOptions = opcode(self._model, _DEQUANTIZE), None
                     operator.builtinOptionsType = 0
                 subgraph.operators.append(operator)
-            name = tensor_of(_text(subgraph.tensors[output].name))
+            name = tensor_of(text(subgraph.tensors[output].name))
             if output in grids or name in self._ranges:
                 last = self._round(last, name, grids.get(output))
             if last != output:
@@ -200,8 +191,8 @@ class _Rewriter:
         """Makes kernels, biases and other int8 constants float."""
         changed = set()
         for operator in self._subgraph.operators:
-            convolution = _code(self._model, operator) == _CONV_2D
-            layer = layer_of(_text(self._subgraph.tensors[operator.outputs[0]].name))
+            convolution = kind_of(self._model, operator) == _CONV_2D
+            layer = layer_of(text(self._subgraph.tensors[operator.outputs[0]].name))
             for place, index in enumerate(operator.inputs):
                 tensor = self._subgraph.tensors[index]
                 buffer = self._model.buffers[tensor.buffer]
@@ -210,7 +201,7 @@ class _Rewriter:
                 if tensor.type == _INT8 or (convolution and place == 2 and tensor.type == _INT32):
                     values = self._dequantize(tensor, bytes(buffer.data))
                     if convolution and place == 1 and not self._rounds_kernel(layer, operator):
-                        values = _like(values, self._kernels.get(layer_of(_text(tensor.name)), values))
+                        values = _like(values, self._kernels.get(layer_of(text(tensor.name)), values))
                     changed.add(index)
                     tensor.type, tensor.quantization = _FLOAT32, None
                     tensor.buffer = len(self._model.buffers)
@@ -222,7 +213,7 @@ class _Rewriter:
     def _rounds_kernel(self, layer: str, operator) -> bool:
         if self._kernel_bits is not None:
             return self._kernel_bits(layer) != FLOAT
-        return self._bits(tensor_of(_text(self._subgraph.tensors[operator.outputs[0]].name))) != FLOAT
+        return self._bits(tensor_of(text(self._subgraph.tensors[operator.outputs[0]].name))) != FLOAT
 
     @staticmethod
     def _dequantize(tensor, data: bytes) -> np.ndarray:
@@ -250,32 +241,14 @@ class _Rewriter:
         else:
             scale = max(high - low, 1e-9) / levels
             zero = int(np.clip(round(-128 - low / scale), -128, 127))
-        template = self._subgraph.tensors[index]
-        rounded = self._tensor(template, f"{name}/rounded", _INT16 if bits == 16 else _INT8)
+        rounded = add_tensor(self._subgraph, index, f"{name}/rounded", _INT16 if bits == 16 else _INT8)
         self._subgraph.tensors[rounded].quantization = schema.QuantizationParametersT()
         self._subgraph.tensors[rounded].quantization.scale = [scale]
         self._subgraph.tensors[rounded].quantization.zeroPoint = [zero]
-        result = self._tensor(template, f"{name}/back", _FLOAT32)
-        for code, source, target in ((_QUANTIZE, index, rounded), (_DEQUANTIZE, rounded, result)):
-            operator = schema.OperatorT()
-            operator.opcodeIndex, operator.inputs, operator.outputs = self._opcode(code), [source], [target]
-            self._subgraph.operators.append(operator)
+        result = add_tensor(self._subgraph, index, f"{name}/back", _FLOAT32)
+        for kind, source, target in ((_QUANTIZE, index, rounded), (_DEQUANTIZE, rounded, result)):
+            self._subgraph.operators.append(conversion(self._model, kind, source, target))
         return result
-
-    def _tensor(self, template, name: str, kind: int) -> int:
-        tensor = schema.TensorT()
-        tensor.name, tensor.shape, tensor.type, tensor.buffer = name, list(template.shape), kind, 0
-        self._subgraph.tensors.append(tensor)
-        return len(self._subgraph.tensors) - 1
-
-    def _opcode(self, code: int) -> int:
-        if code not in self._codes:
-            entry = schema.OperatorCodeT()
-            entry.builtinCode = entry.deprecatedBuiltinCode = code
-            entry.version = 4 if code == _QUANTIZE else 3
-            self._model.operatorCodes.append(entry)
-            self._codes[code] = len(self._model.operatorCodes) - 1
-        return self._codes[code]
 
 
 def _like(rounded: np.ndarray, kernel: np.ndarray) -> np.ndarray:

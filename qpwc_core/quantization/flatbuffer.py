@@ -7,14 +7,55 @@ import json
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from tensorflow.lite.python import schema_py_generated as schema
-from tensorflow.lite.tools import flatbuffer_utils
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.tools import flatbuffer_utils
 
 METADATA_NAME = "qpwc"
 
 
 def _opcode_key(code) -> tuple:
     return code.builtinCode, code.deprecatedBuiltinCode, bytes(code.customCode or b""), code.version
+
+
+def text(name: bytes | str) -> str:
+    """A name of a model, which a parsed one has as bytes."""
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def kind_of(model: "schema.ModelT", operator) -> int:
+    """An operator's entry of ``schema.BuiltinOperator``."""
+    return _builtin(model.operatorCodes[operator.opcodeIndex])
+
+
+def _builtin(code) -> int:
+    return max(code.builtinCode, code.deprecatedBuiltinCode)
+
+
+def opcode(model: "schema.ModelT", builtin: int) -> int:
+    """The index of QUANTIZE or DEQUANTIZE among the model's operator codes, added where it is missing."""
+    codes = [_builtin(code) for code in model.operatorCodes]
+    if builtin in codes:
+        return codes.index(builtin)
+    code = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = builtin
+    code.version = 4 if builtin == schema.BuiltinOperator.QUANTIZE else 3
+    model.operatorCodes.append(code)
+    return len(codes)
+
+
+def conversion(model: "schema.ModelT", builtin: int, given: int, wanted: int):
+    """A new QUANTIZE or DEQUANTIZE, from one tensor to another."""
+    operator = schema.OperatorT()
+    operator.opcodeIndex, operator.inputs, operator.outputs = opcode(model, builtin), [given], [wanted]
+    return operator
+
+
+def add_tensor(subgraph, like: int, name: str, kind: int) -> int:
+    """Adds a tensor of the shape of another; its index."""
+    tensor = schema.TensorT()
+    tensor.name, tensor.shape, tensor.type, tensor.buffer = name, list(subgraph.tensors[like].shape), kind, 0
+    subgraph.tensors.append(tensor)
+    return len(subgraph.tensors) - 1
 
 
 def merge(models: Sequence[bytes]) -> "schema.ModelT":
@@ -64,53 +105,28 @@ def float_softmax(model: "schema.ModelT") -> None:
     for subgraph in model.subgraphs:
         operators = []
         for operator in subgraph.operators:
-            code = model.operatorCodes[operator.opcodeIndex]
-            kind = max(code.builtinCode, code.deprecatedBuiltinCode)
-            if kind != builtin.SOFTMAX or subgraph.tensors[operator.inputs[0]].type != schema.TensorType.INT8:
+            softmax = kind_of(model, operator) == builtin.SOFTMAX
+            if not softmax or subgraph.tensors[operator.inputs[0]].type != schema.TensorType.INT8:
                 operators.append(operator)
                 continue
             (given,), (wanted,) = operator.inputs, operator.outputs
-            name = _name(subgraph.tensors[wanted])
-            float_given = _as_float(subgraph, given, f"{name}/float_input")
-            float_wanted = _as_float(subgraph, wanted, f"{name}/float")
+            name = text(subgraph.tensors[wanted].name)
+            float_given = add_tensor(subgraph, given, f"{name}/float_input", schema.TensorType.FLOAT32)
+            float_wanted = add_tensor(subgraph, wanted, f"{name}/float", schema.TensorType.FLOAT32)
             operator.inputs, operator.outputs = [float_given], [float_wanted]
             operators += [
-                _operator(model, builtin.DEQUANTIZE, given, float_given),
+                conversion(model, builtin.DEQUANTIZE, given, float_given),
                 operator,
-                _operator(model, builtin.QUANTIZE, float_wanted, wanted),
+                conversion(model, builtin.QUANTIZE, float_wanted, wanted),
             ]
         subgraph.operators = operators
-
-
-def _as_float(subgraph, index: int, name: str) -> int:
-    """A new float tensor of the shape of one that is there."""
-    tensor = copy.deepcopy(subgraph.tensors[index])
-    tensor.name = name.encode()
-    tensor.type, tensor.quantization, tensor.buffer = schema.TensorType.FLOAT32, None, 0
-    subgraph.tensors.append(tensor)
-    return len(subgraph.tensors) - 1
-
-
-def _operator(model: "schema.ModelT", builtin: int, given: int, wanted: int):
-    """A new operator of one input and one output, its code added to the model where it is missing."""
-    codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
-    if builtin not in codes:
-        code = schema.OperatorCodeT()
-        code.builtinCode = code.deprecatedBuiltinCode = builtin
-        code.version = 1
-        model.operatorCodes.append(code)
-        codes.append(builtin)
-    operator = schema.OperatorT()
-    operator.opcodeIndex = codes.index(builtin)
-    operator.inputs, operator.outputs = [given], [wanted]
-    return operator
 
 
 def set_metadata(model: "schema.ModelT", values: Mapping) -> None:
     """Stores ``values`` as JSON in the model's metadata table, under the name "qpwc", replacing older ones."""
     data = list(json.dumps(values, sort_keys=True).encode())
     for entry in model.metadata or []:
-        if _name(entry) == METADATA_NAME:
+        if text(entry.name) == METADATA_NAME:
             model.buffers[entry.buffer].data = data
             return
     buffer = schema.BufferT()
@@ -125,13 +141,9 @@ def set_metadata(model: "schema.ModelT", values: Mapping) -> None:
 def get_metadata(model: "schema.ModelT") -> dict:
     """What :func:`set_metadata` stored; empty if nothing."""
     for entry in model.metadata or []:
-        if _name(entry) == METADATA_NAME:
+        if text(entry.name) == METADATA_NAME:
             return json.loads(bytes(model.buffers[entry.buffer].data).decode())
     return {}
-
-
-def _name(entry) -> str:
-    return entry.name.decode() if isinstance(entry.name, bytes) else entry.name
 
 
 def set_figures(path: Path, figures: Mapping) -> None:
