@@ -1,4 +1,4 @@
-"""Weights taken over from a network with a narrower search or fewer levels."""
+"""Weights taken over from a network with a narrower search, fewer channels or fewer levels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tf_keras as keras
 
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network
-from qpwc_core.model.transfer import transfer_weights, widen_search
+from qpwc_core.model.transfer import transfer_weights, widen_channels, widen_search
 
 
 def shifts(radius: int) -> np.ndarray:
@@ -66,7 +66,45 @@ def test_a_wider_search_takes_the_weights_over():
     np.testing.assert_array_equal(after, widen_search(before, 3, extrapolate=False))
 
 
-def test_other_widths_are_refused_by_layer():
-    other = dataclasses.replace(SHALLOW, decoder=(8, 4))
+def test_a_wider_network_begins_with_the_same_flow():
+    wider = dataclasses.replace(SHALLOW, pyramid=(6, 10, 12), decoder=(12, 10))
+    source, target = build_network(SHALLOW, 64, 64), build_network(wider, 64, 64)
+    own = target.get_layer("encoder_2_down").kernel.numpy()
+    assert transfer_weights(source, target) == []
+    images = pairs(2, 64, 64)
+    after = flows(target, images)
+    for name, flow in flows(source, images).items():
+        np.testing.assert_allclose(after[name], flow, rtol=1e-5, atol=1e-4)
+
+    # Its new channels are there, and the layers after them can learn to listen.
+    new = target.get_layer("encoder_2_down").kernel.numpy()[..., SHALLOW.pyramid[1] :]
+    np.testing.assert_array_equal(new, own[..., SHALLOW.pyramid[1] :])
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.abs(target(normalize(tf.constant(images)))["flow_2"]))
+    kernel = target.get_layer("flow_step_2").kernel
+    gradient = tape.gradient(loss, kernel).numpy()[:, :, SHALLOW.decoder[-1] :]
+    assert not kernel.numpy()[:, :, SHALLOW.decoder[-1] :].any() and gradient.any()
+
+
+def test_search_and_channels_widen_together():
+    wider = dataclasses.replace(SHALLOW, decoder=(12, 10), radii=(3, 2))
+    source, target = build_network(SHALLOW, 64, 64), build_network(wider, 64, 64)
+    assert transfer_weights(source, target) == []
+    before, after = (network.get_layer("project_cost_3").kernel.numpy() for network in (source, target))
+    np.testing.assert_array_equal(after[..., : SHALLOW.decoder[0]], widen_search(before, 3, extrapolate=False))
+
+
+def test_channels_are_added_after_the_known_ones():
+    kernel, bias = np.full((3, 3, 2, 2), 5.0), np.array([1.0, 2.0])
+    fresh = np.full((3, 3, 3, 4), 7.0), np.array([3.0, 3.0, 3.0, 3.0])
+    wide, wide_bias = widen_channels(kernel, bias, fresh)
+    np.testing.assert_array_equal(wide[1, 1], [[5, 5, 7, 7], [5, 5, 7, 7], [0, 0, 7, 7]])
+    np.testing.assert_array_equal(wide_bias, [1, 2, 3, 3])
+
+
+def test_narrower_layers_and_other_kernels_are_refused_by_name():
+    wider = dataclasses.replace(SHALLOW, decoder=(8, 9))
     with pytest.raises(ValueError, match="layer decoder_3_conv0: shapes"):
-        transfer_weights(build_network(other, 64, 64), build_network(SHALLOW, 64, 64))
+        transfer_weights(build_network(wider, 64, 64), build_network(SHALLOW, 64, 64))
+    with pytest.raises(ValueError, match="shapes .*3, 3.* and .*1, 1"):
+        widen_channels(np.zeros((3, 3, 2, 2)), np.zeros(2), (np.zeros((1, 1, 4, 4)), np.zeros(4)))

@@ -229,6 +229,24 @@ def test_frozen_levels_stay_and_come_back(tmp_path):
 # --- States ----------------------------------------------------------------------------------------------
 
 
+def test_mixed_precision_is_exported_with_float32_weights(tmp_path):
+    """Keras wraps the variables then; the bundle has to find them all the same."""
+    config = dataclasses.replace(SINGLE_CONFIG, precision="mixed_bfloat16")
+    bundle.export_step(config, tmp_path)
+    assert "xbf16>" in (tmp_path / "step.stablehlo").read_text()
+    described = read_description(tmp_path)
+    assert len(set(described["averages"]) - set(described["weights"])) == len(described["weights"])
+    started, _ = loop.make_network(dataclasses.replace(config, precision="float32"))
+    network = build_network(SINGLE, 64, 96)
+    bundle.load_weights(tmp_path, tmp_path / CHECKPOINT, network, averaged=False)
+    assert {value.dtype for value in network.get_weights()} == {np.dtype(np.float32)}
+    assert [value.shape for value in network.get_weights()] == [value.shape for value in started.get_weights()]
+
+    one = Bundle(tmp_path)
+    scalars = one.step(random_batch(0), 0.0)
+    assert one.steps == 1 and np.isfinite(float(scalars["loss"])) and int(scalars["skipped"]) == 0
+
+
 def test_a_checkpoint_of_something_else_is_refused(directory, other_directory, fresh, tmp_path):
     assert steps_done(directory, tmp_path / "missing.npz") == 0
     damaged = tmp_path / "damaged.npz"

@@ -1,4 +1,4 @@
-"""Weights from one network into another that differs in search radius or in decoded levels."""
+"""Weights from one network into another that has more: channels, search radius, decoded levels."""
 
 from __future__ import annotations
 
@@ -45,14 +45,45 @@ def widen_search(kernel: np.ndarray, radius: int, *, extrapolate: bool) -> np.nd
     return window.reshape(1, 1, -1, channels).astype(kernel.dtype)
 
 
+def widen_channels(kernel: np.ndarray, bias: np.ndarray, fresh: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+    """A convolution's weights in a wider one: the known outputs stay the same function of the known inputs.
+
+    New inputs have no say in the known outputs yet; new outputs keep what the wider convolution begins with, and learn
+    as soon as others listen to them. (Chen, Goodfellow and Shlens, "Net2Net", ICLR 2016, copies channels instead; unlike
+    copies, fresh ones need no noise to become different.)
+
+    Args:
+        kernel, bias: heightxwidthxAxB and B.
+        fresh: the wider convolution's own kernel and bias: heightxwidthxCxD with C >= A and D >= B, and D.
+
+    Returns:
+        Kernel and bias of the shapes of ``fresh``.
+
+    Raises:
+        ValueError: ``fresh`` is narrower, or its window has another size.
+    """
+    shape = fresh[0].shape
+    if kernel.shape[:2] != shape[:2] or kernel.shape[2] > shape[2] or kernel.shape[3] > shape[3]:
+        raise ValueError(f"shapes {kernel.shape} and {shape}")
+    inputs, outputs = kernel.shape[2:]
+    wide_kernel, wide_bias = fresh[0].copy(), fresh[1].copy()
+    wide_kernel[..., :outputs] = 0
+    wide_kernel[:, :, :inputs, :outputs] = kernel
+    wide_bias[:outputs] = bias
+    return [wide_kernel, wide_bias]
+
+
 def transfer_weights(source: keras.Model, target: keras.Model) -> list[str]:
-    """Copies the convolutions that both networks have, by layer name, widening searches.
+    """Copies the convolutions that both networks have, by layer name, widening searches and channels.
+
+    Every convolution's input channels are the output channels of one before it in the same order, so the known ones come
+    first throughout, and the target begins with the source's flow at the levels that both decode.
 
     Returns:
         Names of the convolutions that ``target`` alone has; they keep their weights.
 
     Raises:
-        ValueError: a layer of the same name has another shape that no wider search explains.
+        ValueError: a layer of the same name is narrower, or its kernel has another size.
     """
     known = {layer.name: layer for layer in source.layers if isinstance(layer, keras.layers.Conv2D)}
     fresh = []
@@ -63,10 +94,13 @@ def transfer_weights(source: keras.Model, target: keras.Model) -> list[str]:
             fresh.append(layer.name)
             continue
         kernel, bias = known[layer.name].get_weights()
-        if kernel.shape != tuple(layer.kernel.shape):
-            if not layer.name.startswith(("project_cost_", "project_shares_")):
-                raise ValueError(f"layer {layer.name}: shapes {kernel.shape} and {tuple(layer.kernel.shape)}")
-            radius = math.isqrt(layer.kernel.shape[2]) // 2
+        own = layer.get_weights()
+        # One input per shift of the search window.
+        if layer.name.startswith(("project_cost_", "project_shares_")) and kernel.shape[2] != own[0].shape[2]:
+            radius = math.isqrt(own[0].shape[2]) // 2
             kernel = widen_search(kernel, radius, extrapolate=layer.name.startswith("project_shares_"))
-        layer.set_weights([kernel, bias])
+        try:
+            layer.set_weights(widen_channels(kernel, bias, own))
+        except ValueError as error:
+            raise ValueError(f"layer {layer.name}: {error}") from error
     return fresh

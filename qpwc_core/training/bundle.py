@@ -74,10 +74,14 @@ def export_step(config: TrainConfig, directory: Path) -> None:
     handles = {id(v.handle): v for v in concrete.graph.variables}
     variables = [handles[id(handle)] for handle in concrete.captured_inputs]
     outputs = sorted(concrete.structured_outputs)
-    names = {id(v): f"{index:04d}" for index, v in enumerate(variables)}
-    weights = trainer.network.variables
-    averages = {id(v): average for v, average in zip(trainer.network.trainable_variables, trainer.averages)}
-    frozen = [names[id(v)] for v in weights if id(v) not in averages]
+    # By handle: under mixed precision the network has its variables wrapped.
+    names = {id(v.handle): f"{index:04d}" for index, v in enumerate(variables)}
+    weights = [names[id(v.handle)] for v in trainer.network.variables]
+    averages = {
+        names[id(v.handle)]: names[id(average.handle)]
+        for v, average in zip(trainer.network.trainable_variables, trainer.averages)
+    }
+    frozen = [name for name in weights if name not in averages]
     results = _result_count(text)
     if results != len(outputs) + len(variables) - len(frozen):
         raise RuntimeError(
@@ -91,11 +95,11 @@ def export_step(config: TrainConfig, directory: Path) -> None:
             for name in sorted(signature)
         ],
         "outputs": outputs,
-        "state": [names[id(v)] for v in variables],
-        "iterations": names[id(trainer.optimizer.iterations)],
-        "position": names[id(trainer.position)],
-        "weights": [names[id(v)] for v in weights],
-        "averages": [names[id(averages.get(id(v), v))] for v in weights],
+        "state": [names[id(v.handle)] for v in variables],
+        "iterations": names[id(trainer.optimizer.iterations.handle)],
+        "position": names[id(trainer.position.handle)],
+        "weights": weights,
+        "averages": [averages.get(name, name) for name in weights],
         "frozen": frozen,
         "network": dataclasses.asdict(network_config(config.network)),
         "run": dataclasses.asdict(config),
@@ -103,7 +107,7 @@ def export_step(config: TrainConfig, directory: Path) -> None:
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "step.stablehlo").write_text(text)
-    np.savez_compressed(directory / "state.npz", **{names[id(v)]: v.numpy() for v in variables})
+    np.savez_compressed(directory / "state.npz", **{names[id(v.handle)]: v.numpy() for v in variables})
     if config.textures:
         shutil.copyfile(config.textures, directory / "textures.npz")
     (directory / "bundle.json").write_text(json.dumps(description, indent=2) + "\n")
