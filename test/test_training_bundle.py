@@ -226,6 +226,49 @@ def test_frozen_levels_stay_and_come_back(tmp_path):
                 assert np.array_equal(before.numpy(), after.numpy()) == frozen, before.name
 
 
+def test_fine_tuning_with_rounding_runs_as_a_bundle(tmp_path):
+    """The same losses as here, ranges and teacher as they were, kernels trained, and weights that can be exported."""
+    from qpwc_core.quantization import pipeline
+    from qpwc_core.quantization.calibration import range_variables
+
+    start = build_network(SINGLE, 64, 96)
+    weights = tmp_path / "float.weights.h5"
+    start.save_weights(weights)
+    config = pipeline.QuantizeConfig(
+        network="single", weights=str(weights), height=64, width=96, batch=2, calibration_pairs=2, steps=4,
+        learning_rate=1e-3, teacher_share=0.5, validation_size=(64, 96), validation_count=2,
+    )  # fmt: skip
+    target = tmp_path / "bundle"
+    pipeline.export_fine_tuning(config, tmp_path / "run", target)
+
+    calibrated = tmp_path / "run" / "calibrated.weights.h5"
+    position = tf.Variable(0.0, trainable=False)
+    trainer = pipeline._fine_tuner(config, SINGLE, weights, calibrated, position)
+    pipeline.prepare_optimizer(trainer, config.training())
+    step = tf.function(trainer.update, jit_compile=True)
+    there = Bundle(target)
+    for index in range(3):
+        batch = random_batch(index)
+        expected = step({name: tf.constant(value) for name, value in batch.items()})
+        np.testing.assert_allclose(float(there.step(batch, index)["loss"]), float(expected["loss"]), rtol=2e-3)
+    there.save(tmp_path / "state.npz")
+
+    network, before = bundle.network_of(target), bundle.network_of(target)
+    before.load_weights(calibrated)
+    bundle.load_weights(target, tmp_path / "state.npz", network)
+    ranges = range_variables(before)
+    assert ranges
+    for name, variable in range_variables(network).items():
+        np.testing.assert_array_equal(variable.numpy(), ranges[name].numpy())
+    assert all(np.any(a.numpy() != b.numpy()) for a, b in zip(network.trainable_variables, before.trainable_variables))
+
+    assert export_step(target, "--weights-from", tmp_path / "state.npz") == 0
+    tuned = dataclasses.replace(config, quantized_weights=str(target / "trained.weights.h5"))
+    assert pipeline.quantize(tuned, tmp_path / "models")["int8"].stat().st_size > 0
+    with pytest.raises(ValueError, match="a bundle needs steps"):
+        pipeline.export_fine_tuning(tuned, tmp_path / "run", target)
+
+
 # --- States ----------------------------------------------------------------------------------------------
 
 

@@ -323,6 +323,25 @@ def test_a_bundle_waits_for_its_steps_and_then_goes_on(tmp_path, single_point, c
         np.testing.assert_allclose(after.numpy(), before.numpy() + change, atol=1e-6)
 
 
+def test_fine_tuning_with_rounding_waits_for_its_bundle_too(tmp_path, single_point, common, capsys):
+    weights = tmp_path / "start.weights.h5"
+    build_network(SINGLE, 64, 64).save_weights(weights)
+    options = {**SMALL, "weights": str(weights), "steps": 2, "calibration_pairs": 2, "via": "bundle"}
+    config = write(tmp_path / "tiny.yaml", [{"quantize": options}], common=common)
+    directory = tmp_path / "out" / "01_quantize"
+    assert run(tmp_path, config) == 1
+    assert one_line(capsys).startswith("01_quantize: 0 of 2 steps are done; where JAX is, run python training/run_bundle.py")
+    description = json.loads((directory / "bundle.json").read_text())
+    with np.load(directory / "state.npz") as values:
+        state = dict(values)
+    state[description["iterations"]] = np.full_like(state[description["iterations"]], 2)
+    (directory / "run").mkdir()
+    np.savez(directory / "run" / "state.npz", **state)
+    assert run(tmp_path, config) == 0
+    done = record(tmp_path, "01_quantize")
+    assert done["samples"] == 4 and {"single_int8.tflite", "single_float32.tflite", "parity.json"} <= set(done["outputs"])
+
+
 def test_a_damaged_state_is_refused(tmp_path, single_point, common, capsys):
     directory = tmp_path / "out" / "01_train"
     (directory / "run").mkdir(parents=True)

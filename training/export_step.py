@@ -4,7 +4,7 @@
 
 Then, where the accelerator is: python training/run_bundle.py DIR. Back here: python training/export_step.py DIR
 --weights-from DIR/run/state.npz writes the averaged weights as DIR/trained.weights.h5, which train.py --initial and
-quantize.py --weights take.
+quantize.py --weights take, or, of a bundle of quantize.py --bundle, quantize.py --quantized-weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from qpwc_core.training.options import add_options, parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from qpwc_core.model.config import NetworkConfig
-    from qpwc_core.model.network import build_network
-    from qpwc_core.training import bundle, bundle_runner, loop
+    from qpwc_core.training import bundle, loop
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="DIR", help="the bundle")
@@ -37,9 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.weights_from:
-            description = bundle_runner.read_description(args.directory)
-            point = NetworkConfig.from_mapping(description["network"])
-            network = build_network(point, description["run"]["height"], description["run"]["width"])
+            network = bundle.network_of(args.directory)
             bundle.load_weights(args.directory, args.weights_from, network)
             path = args.directory / "trained.weights.h5"
             loop.save_weights(network, path)

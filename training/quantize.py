@@ -20,15 +20,26 @@ from qpwc_core.training.options import add_options, parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from qpwc_core.quantization.pipeline import QuantizeConfig, quantize
+    from qpwc_core.quantization.pipeline import QuantizeConfig, export_fine_tuning, quantize
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="run directory (default: out/quantize/NETWORK)")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="only measure the ranges, and write the step of fine-tuning there, for training/run_bundle.py",
+    )
     add_options(parser, QuantizeConfig)
     args = parser.parse_args(arguments)
     try:
         config = parse_config(args, QuantizeConfig)
-        paths = quantize(config, args.output or Path("out/quantize") / config.network)
+        output = args.output or Path("out/quantize") / config.network
+        if args.bundle:
+            export_fine_tuning(config, output, args.bundle)
+            print(args.bundle)
+            return 0
+        paths = quantize(config, output)
     except (ValueError, OSError) as error:
         print(f"quantize: {error}", file=sys.stderr)
         return 1

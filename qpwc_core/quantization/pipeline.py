@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 
 from qpwc_core.data.pipeline import flow_samples, validation_samples
 from qpwc_core.model.config import NetworkConfig
@@ -17,8 +18,8 @@ from qpwc_core.quantization.configs import build_quantized_network, load_float_w
 from qpwc_core.quantization.distillation import DistilledTrainer
 from qpwc_core.quantization.equalization import equalize
 from qpwc_core.quantization.export import export_network
-from qpwc_core.training import loop
-from qpwc_core.training.trainer import FlowTrainer
+from qpwc_core.training import bundle, loop
+from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "models"
 
@@ -124,33 +125,75 @@ def calibration_images(config: QuantizeConfig) -> list[np.ndarray]:
     return [np.stack([s.prev for s in group] + [s.next for s in group]) for group in groups]
 
 
-def _fine_tuned(config: QuantizeConfig, point: NetworkConfig, weights: Path, directory: Path) -> Path:
-    """Calibrates and fine-tunes; the weights with their ranges."""
+def _calibrated(config: QuantizeConfig, point: NetworkConfig, weights: Path, directory: Path) -> Path:
+    """Measures ranges, unless that has been done in ``directory``; the weights with their ranges."""
+    calibrated = directory / "calibrated.weights.h5"
+    if calibrated.exists():
+        return calibrated
     network = build_network(point, config.height, config.width)
     network.load_weights(weights)
-    calibrated = directory / "calibrated.weights.h5"
-    if not calibrated.exists():
-        images = calibration_images(config)
-        if config.equalize:
-            equalize(network, images)
-        measured = build_quantized_network(point, config.height, config.width, cost_form="slices")
-        load_float_weights(measured, network)
-        calibrate(measured, images, config.percentile, config.method, config.fine_range)
-        loop.save_weights(measured, calibrated)
+    images = calibration_images(config)
+    if config.equalize:
+        equalize(network, images)
+    measured = build_quantized_network(point, config.height, config.width, cost_form="slices")
+    load_float_weights(measured, network)
+    calibrate(measured, images, config.percentile, config.method, config.fine_range)
+    loop.save_weights(measured, calibrated)
+    return calibrated
 
-    if not config.steps:
-        return calibrated
+
+def _fine_tuner(
+    config: QuantizeConfig,
+    point: NetworkConfig,
+    weights: Path,
+    calibrated: Path,
+    position: tf.Variable | None = None,
+) -> FlowTrainer:
+    """The trainer of a calibrated network. ``weights``: the float ones, its teacher's; ``position``: see FlowTrainer."""
     quantized = build_quantized_network(point, config.height, config.width, batch=config.batch)
     quantized.load_weights(calibrated)
-    if config.teacher_share:
-        teacher = build_network(point, config.height, config.width, batch=config.batch)
-        teacher.load_weights(weights)
-        trainer = DistilledTrainer(quantized, teacher, config.teacher_share)
-    else:
-        trainer = FlowTrainer(quantized)
+    if not config.teacher_share:
+        return FlowTrainer(quantized, position=position)
+    teacher = build_network(point, config.height, config.width, batch=config.batch)
+    teacher.load_weights(weights)
+    return DistilledTrainer(quantized, teacher, config.teacher_share, position=position)
+
+
+def _fine_tuned(config: QuantizeConfig, point: NetworkConfig, weights: Path, directory: Path) -> Path:
+    """Calibrates and fine-tunes; the weights with their ranges."""
+    calibrated = _calibrated(config, point, weights, directory)
+    if not config.steps:
+        return calibrated
+    trainer = _fine_tuner(config, point, weights, calibrated)
     loop.fit(trainer, point, config.training(), directory, build=build_quantized_network)
     # Not the best of its validations: what fine-tuning changes is less than what sixteen pairs can tell.
     return directory / "last.weights.h5"
+
+
+def export_fine_tuning(config: QuantizeConfig, directory: Path, target: Path) -> None:
+    """Calibrates, and writes the step of fine-tuning as a bundle for ``run_bundle.py``, see ``training.bundle``.
+
+    What the trained state becomes by ``bundle.load_weights`` is another run's ``quantized_weights``.
+
+    Args:
+        directory: of the run, where the calibrated weights are left or found.
+        target: the bundle's directory.
+
+    Raises:
+        ValueError: as :func:`quantize`; or no steps, or weights that are fine-tuned already.
+    """
+    if not config.steps or config.quantized_weights:
+        raise ValueError("a bundle needs steps, and no quantized_weights: it is for fine-tuning")
+    point = loop.network_config(config.network)
+    weights = find_weights(config)
+    loop.check_directory(directory, point)
+    loop.write_config(directory, config, point)
+    calibrated = _calibrated(config, point, weights, directory)
+    # The runner says where the run is, by steps or by time.
+    position = tf.Variable(0.0, trainable=False, name="position")
+    trainer = _fine_tuner(config, point, weights, calibrated, position)
+    prepare_optimizer(trainer, config.training())
+    bundle.export_trainer(trainer, config.training(), target, quantized=True)
 
 
 def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:

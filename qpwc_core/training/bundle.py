@@ -11,8 +11,9 @@ runtime executes elsewhere. A bundle is a directory:
 This module writes bundles and reads trained state back; ``bundle_runner`` runs them and imports neither this
 module nor TensorFlow.
 
-Variables that the step reads and leaves as they are (``--frozen-levels``, ``--only-fresh``) are ``frozen`` in
-``bundle.json``: part of the state that goes in, not of the one that comes out.
+Variables that the step reads and leaves as they are (``--frozen-levels``, ``--only-fresh``, a quantized network's ranges, a
+teacher's weights) are ``frozen`` in ``bundle.json``: part of the state that goes in, not of the one that comes out. What the network has and the step does not
+even read (ranges of a cost volume's other form) is ``unread``: it stays in the bundle's ``state.npz``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from qpwc_core.training.bundle_runner import read_arrays, read_description
+from qpwc_core.model.config import NetworkConfig
+from qpwc_core.model.network import build_network
+from qpwc_core.training.bundle_runner import CHECKPOINT, read_arrays, read_description
 from qpwc_core.training.loop import (
     TrainConfig,
     batch_signature,
@@ -64,7 +67,20 @@ def export_step(config: TrainConfig, directory: Path) -> None:
     """
     if config.strategy != "none":
         raise ValueError(f"a bundle runs on one accelerator, without strategy {config.strategy}")
-    trainer = make_trainer(config)
+    export_trainer(make_trainer(config), config, directory)
+
+
+def export_trainer(trainer: FlowTrainer, config: TrainConfig, directory: Path, *, quantized: bool = False) -> None:
+    """Writes any trainer's step, with its state as it is, as a bundle.
+
+    Args:
+        trainer: with its optimizer (``trainer.prepare_optimizer``) and a position.
+        config: of the run: schedule, batch and scenes.
+        quantized: the network is one of ``quantization.configs.build_quantized_network``.
+
+    Raises:
+        RuntimeError: the lowered step does not hand back what it changes.
+    """
     signature = batch_signature(config)
     step = tf.function(trainer.update, jit_compile=True)
     concrete = step.get_concrete_function(signature)
@@ -76,17 +92,17 @@ def export_step(config: TrainConfig, directory: Path) -> None:
     outputs = sorted(concrete.structured_outputs)
     # By handle: under mixed precision the network has its variables wrapped.
     names = {id(v.handle): f"{index:04d}" for index, v in enumerate(variables)}
+    unread = [v for v in trainer.network.variables if id(v.handle) not in names]
+    names.update({id(v.handle): f"{index:04d}" for index, v in enumerate(unread, len(variables))})
     weights = [names[id(v.handle)] for v in trainer.network.variables]
-    averages = {
-        names[id(v.handle)]: names[id(average.handle)]
-        for v, average in zip(trainer.network.trainable_variables, trainer.averages)
-    }
-    frozen = [name for name in weights if name not in averages]
+    trained = zip(trainer.network.trainable_variables, trainer.averages)
+    averages = {names[id(v.handle)]: names[id(average.handle)] for v, average in trained}
+    changed = _changed_inputs(concrete)
+    frozen = [names[id(v.handle)] for v, is_changed in zip(variables, changed) if not is_changed]
     results = _result_count(text)
-    if results != len(outputs) + len(variables) - len(frozen):
+    if results != len(outputs) + sum(changed):
         raise RuntimeError(
-            f"the lowered step has {results} results, not {len(outputs)} scalars and {len(variables) - len(frozen)} "
-            "variables"
+            f"the lowered step has {results} results, not {len(outputs)} scalars and {sum(changed)} variables"
         )
     description = {
         "format": FORMAT,
@@ -101,13 +117,15 @@ def export_step(config: TrainConfig, directory: Path) -> None:
         "weights": weights,
         "averages": [averages.get(name, name) for name in weights],
         "frozen": frozen,
+        "unread": [names[id(v.handle)] for v in unread],
         "network": dataclasses.asdict(network_config(config.network)),
+        "quantized": quantized,
         "run": dataclasses.asdict(config),
         "pipeline": dataclasses.asdict(config.pipeline()),
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "step.stablehlo").write_text(text)
-    np.savez_compressed(directory / "state.npz", **{names[id(v.handle)]: v.numpy() for v in variables})
+    np.savez_compressed(directory / CHECKPOINT, **{names[id(v.handle)]: v.numpy() for v in [*variables, *unread]})
     if config.textures:
         shutil.copyfile(config.textures, directory / "textures.npz")
     (directory / "bundle.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -122,6 +140,13 @@ def plain_stablehlo(text: str) -> str:
     return re.sub(r"mhlo\.copy (%[\w#]+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
 
 
+def _changed_inputs(concrete: tf.types.experimental.ConcreteFunction) -> list[bool]:
+    """For each captured variable of a step, in their order, whether the step assigns to it."""
+    assigned = {id(op.inputs[0]) for op in concrete.graph.get_operations() if op.type.startswith("Assign")}
+    count = len(concrete.captured_inputs)
+    return [id(tensor) in assigned for tensor in concrete.inputs[len(concrete.inputs) - count :]]
+
+
 def _result_count(text: str) -> int:
     """How many tensors the program's main function returns."""
     signature = re.search(r"func\.func (?:public )?@main\(.*", text)
@@ -130,21 +155,41 @@ def _result_count(text: str) -> int:
     return signature[0].rpartition(" -> ")[2].count("tensor<")
 
 
+def network_of(directory: Path) -> keras.Model:
+    """A network of a bundle's kind, of its crop size, for ``load_weights``.
+
+    Raises:
+        ValueError: not a bundle.
+    """
+    description = read_description(directory)
+    point = NetworkConfig.from_mapping(description["network"])
+    size = description["run"]["height"], description["run"]["width"]
+    if not description.get("quantized"):
+        return build_network(point, *size)
+    # Only here, since it needs tensorflow-model-optimization.
+    from qpwc_core.quantization.configs import build_quantized_network
+
+    return build_quantized_network(point, *size)
+
+
 def load_weights(directory: Path, state: Path, network: keras.Model, *, averaged: bool = True) -> None:
     """Puts a bundle's trained state into a tf_keras network.
 
     Args:
         directory: the bundle.
         state: a checkpoint of the runner, the bundle's own ``state.npz``, or ``averages_STEP.npz``.
-        network: of ``build_network`` with the bundle's network config, at any size.
+        network: of ``network_of``, or the same at another size.
         averaged: take the moving averages instead of the raw weights.
 
     Raises:
         ValueError: not a bundle, a state that is damaged or lacks these weights, or shapes that do not fit: another
             network.
     """
-    names = read_description(directory)["averages" if averaged else "weights"]
-    values = read_arrays(state, names)
+    description = read_description(directory)
+    names = description["averages" if averaged else "weights"]
+    unread = set(description.get("unread", ()))
+    values = read_arrays(state, [name for name in names if name not in unread])
+    values.update(read_arrays(directory / CHECKPOINT, unread))
     if len(names) != len(network.variables):
         raise ValueError(f"{state}: {len(names)} weights for a network of {len(network.variables)}")
     for variable, name in zip(network.variables, names):

@@ -254,7 +254,8 @@ class _Training:
     def save(self) -> None:
         self._bundle.save(self.checkpoint)
         if self._limits.keep_averages:
-            names = self._bundle.description["averages"]
+            unread = set(self._bundle.description.get("unread", ()))
+            names = [name for name in self._bundle.description["averages"] if name not in unread]
             self._bundle.save(self._directory / f"averages_{self.done}.npz", names)
 
 

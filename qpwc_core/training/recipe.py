@@ -85,7 +85,7 @@ CONFIGS: Mapping[str, type] = {
 """Kinds of stages, and the dataclass whose fields are their options."""
 
 BUNDLE = "bundle"
-"""The value of a train stage's option ``via`` that has its steps run by training/run_bundle.py."""
+"""The value of a train or quantize stage's option ``via`` that has its steps run by training/run_bundle.py."""
 
 _DEFAULT_SEED = 1
 # What a stage has from the recipe or from the stage before it.
@@ -117,7 +117,7 @@ class Stage:
 
     @property
     def weights(self) -> Path:
-        """The float weights that a ``pre_train`` or ``train`` stage leaves."""
+        """The float weights that a ``pre_train`` or ``train`` stage leaves; those with ranges of a bundled ``quantize``."""
         return self.directory / ("trained.weights.h5" if self.bundle else "best.weights.h5")
 
     @property
@@ -231,7 +231,7 @@ def _stage(
 ) -> Stage:
     config = CONFIGS[kind]
     known = {field.name for field in dataclasses.fields(config)}
-    via = options.pop("via", None) if kind == "train" else None
+    via = options.pop("via", None) if kind in ("train", "quantize") else None
     if via not in (None, BUNDLE):
         raise ValueError(f"via must be {BUNDLE!r} or left out, got {via!r}")
     for option in options:
@@ -256,7 +256,7 @@ def _stage(
         raise ValueError("needs a quantize stage before it")
     if "network" in values:
         network_config(values["network"])
-    if kind in ("pre_train", "train") and values.get("steps", 1) < 1:
+    if (kind in ("pre_train", "train") or via) and values.get("steps", 1) < 1:
         raise ValueError(f"steps must be at least 1, got {values['steps']}")
     strategy = values.get("strategy", "none")
     if strategy == "multi-worker" or (via and strategy != "none"):

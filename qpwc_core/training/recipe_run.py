@@ -24,8 +24,7 @@ import tf_keras as keras
 from qpwc_core import atomic, evaluation
 from qpwc_core.cli.common import print_table
 from qpwc_core.errors import QpwcError
-from qpwc_core.model.network import build_network
-from qpwc_core.quantization.pipeline import quantize
+from qpwc_core.quantization.pipeline import export_fine_tuning, quantize
 from qpwc_core.training import bundle, bundle_runner, card, loop
 from qpwc_core.training.interpolation import PreTrainConfig, pre_train
 from qpwc_core.training.loop import TrainConfig
@@ -35,6 +34,7 @@ RECORD = "stage.json"
 METHODS = ("dis-medium", "zero")
 """What an ``evaluate`` stage compares the two exported files with."""
 
+_BUNDLE = "bundle.json"
 _PACKAGES = (
     "tensorflow", "tensorflow-cpu", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert", "numpy",
     "opencv-python-headless",
@@ -167,7 +167,7 @@ def _check_inputs(recipe: Recipe, stage: Stage) -> None:
 def _begun(stage: Stage) -> bool:
     """Whether a stage has left something that it would go on from."""
     progress = {"pre_train": "history.csv", "train": "history.csv", "quantize": "calibrated.weights.h5"}
-    name = "bundle.json" if stage.bundle else progress.get(stage.kind)
+    name = _BUNDLE if stage.bundle else progress.get(stage.kind)
     return name is not None and (stage.directory / name).exists()
 
 
@@ -284,7 +284,8 @@ def _pre_train(recipe: Recipe, stage: Stage) -> Outcome:
 def _train(recipe: Recipe, stage: Stage) -> Outcome:
     _release()
     if stage.bundle:
-        return _run_bundle(stage)
+        samples, seconds = _run_bundle(stage, lambda: bundle.export_step(stage.config, stage.directory))
+        return Outcome((stage.weights, stage.directory / _BUNDLE), samples, seconds)
     return _trained(stage, loop.train(stage.config, stage.directory))
 
 
@@ -298,12 +299,16 @@ def _bundle_seconds(log: Path, batch: int) -> float:
     return sum(max(0, b - a) * batch / float(rate) for a, b, (_, rate) in zip(steps, steps[1:], rows) if float(rate))
 
 
-def _run_bundle(stage: Stage) -> Outcome:
+def _run_bundle(stage: Stage, export: Callable[[], None]) -> tuple[int, float]:
+    """Writes a stage's bundle or takes its weights back; samples seen and seconds there.
+
+    Raises:
+        WaitingForBundle: it has steps to be run yet.
+    """
     config, state = stage.config, stage.directory / "run" / "state.npz"
     # Written last: without it the export did not end.
-    description = stage.directory / "bundle.json"
-    if not description.exists():
-        bundle.export_step(config, stage.directory)
+    if not (stage.directory / _BUNDLE).exists():
+        export()
     done = bundle_runner.steps_done(stage.directory, state)
     if done < config.steps:
         command = shlex.join(["python", "training/run_bundle.py", str(stage.directory), "--minutes", "9"])
@@ -311,18 +316,21 @@ def _run_bundle(stage: Stage) -> Outcome:
             f"{stage.label}: {done} of {config.steps} steps are done; where JAX is, run {command} until {state} has all "
             "of them, then this again"
         )
-    network = build_network(loop.network_config(config.network), config.height, config.width)
+    network = bundle.network_of(stage.directory)
     bundle.load_weights(stage.directory, state, network)
     loop.save_weights(network, stage.weights)
-    seconds = _bundle_seconds(state.with_name("log.csv"), config.batch)
-    return Outcome((stage.weights, description), done * config.batch, seconds)
+    return done * config.batch, _bundle_seconds(state.with_name("log.csv"), config.batch)
 
 
 def _quantize(recipe: Recipe, stage: Stage) -> Outcome:
     _release()
-    paths = quantize(stage.config, stage.directory)
+    config, samples, seconds = stage.config, _samples(stage.config.training()), 0.0
+    if stage.bundle:
+        samples, seconds = _run_bundle(stage, lambda: export_fine_tuning(config, stage.directory, stage.directory))
+        config = dataclasses.replace(config, quantized_weights=str(stage.weights))
+    paths = quantize(config, stage.directory)
     outputs = (*paths.values(), stage.directory / "parity.json", stage.directory / "config.json")
-    return Outcome(outputs, _samples(stage.config.training()))
+    return Outcome(outputs, samples, seconds)
 
 
 def _evaluate(recipe: Recipe, stage: Stage) -> Outcome:
