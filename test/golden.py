@@ -20,14 +20,13 @@ def flow_path(name: str, precision: str) -> Path:
 
 
 def golden_flow(name: str, precision: str, *, threads: int = 1, xnnpack: bool = True) -> np.ndarray:
-    """The flow that a bundled model gives at the smallest of its inputs, in pixels: float32 H/8 x W/8 x 2."""
+    """The flow that a bundled model gives at the smallest of its inputs, in pixels: float32, on the model's grid."""
     info = read_model_info(find_model(name, precision))
     size = min(info.sizes, key=lambda size: size.height * size.width)
     engine = Engine(info.path, threads=threads, xnnpack=xnnpack)
     features = {}
     for side, path in zip(("prev_", "next_"), PICTURES):
-        image = read_image(path)[: size.height, : size.width]
-        encoded = engine.run(size.encode, {"image": image[np.newaxis]})
+        encoded = engine.run(size.encode, {"image": read_image(path)[np.newaxis]})
         features.update({side + name: array for name, array in encoded.items()})
     inputs = {name: features[name] for name in engine.inputs(size.match)}
     return engine.run(size.match, inputs)["flow"][0]

@@ -100,7 +100,7 @@ def test_models_lists_figures(capsys):
         line = next(
             line for line in table.splitlines() if line.startswith(f"{info['name']} ") and info["precision"] in line
         )
-        width, height = (832, 640) if info["name"] == "qpwc" else (640, 480)
+        width, height = 640, 480
         assert info["sizes"][0] == {"width": width, "height": height} and len(info["sizes"]) > 1
         assert info["enlarge"] >= 1 and info["refine"] is (info["name"] == "qpwc")
         assert " ".join(f"{size['width']}x{size['height']}" for size in info["sizes"]) in line
@@ -110,7 +110,7 @@ def test_bench_compares_in_one_run(capsys):
     assert main(["bench", "--size", "64x48", "--repeats", "3", "--threads", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     names = [result["name"] for result in report["results"]]
-    assert [result["input"] for result in report["results"]] == ["416x320", "416x320", "64x48"]
+    assert [result["input"] for result in report["results"]] == ["320x256", "320x256", "64x48"]
     assert [name.split()[-1] for name in names] == ["int8", "float32", "medium"]
     assert report["machine"]["threads"] == "1" and report["machine"]["processor"]
     for result in report["results"]:

@@ -141,7 +141,7 @@ def test_a_file_of_the_format_before_that_lacks_a_part_is_refused(tmp_path, bund
         ([{"height": "480", "width": 640, "encode": "encode", "match": "match"}], "'height' = '480', expected int"),
         ([{"height": 479, "width": 640, "encode": "encode", "match": "match"}], "640x479 pixels, which is no whole"),
         ([{"height": 480, "width": 640, "encode": "encode", "match": "other"}], "lacks the signature 'other'"),
-        ([{"height": 480, "width": 640, "encode": "encode_320x416", "match": "match"}], "tensor 'image'"),
+        ([{"height": 480, "width": 640, "encode": "encode_256x320", "match": "match"}], "tensor 'image'"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(tmp_path, bundled, sizes, message):
@@ -152,7 +152,7 @@ def test_sizes_that_cannot_be_are_refused(tmp_path, bundled, sizes, message):
 
 @pytest.mark.parametrize("enlarge", [0.5, float("inf"), float("nan")])
 def test_an_enlargement_that_cannot_be_is_refused(tmp_path, bundled, enlarge):
-    path = with_metadata(tmp_path / "a.tflite", bundled, lambda metadata: {**metadata, "enlarge": enlarge})
+    path = with_metadata(tmp_path / "a.tflite", bundled, lambda metadata: {**metadata, "figures": {}, "enlarge": enlarge})
     with pytest.raises(ModelError, match="'enlarge' = .*, expected a number from 1 up"):
         FlowEstimator.load(path)
 

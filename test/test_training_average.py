@@ -45,6 +45,23 @@ def test_a_mean_may_replace_one_of_its_sources(tmp_path):
     assert model.get_weights()[0].mean() == 1.5
 
 
+def test_arrays_that_are_equal_are_stored_once(tmp_path):
+    """Both names of a wrapped kernel are read back."""
+    h5py = pytest.importorskip("h5py")
+    values = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
+    for name, scale in (("a", 1.0), ("b", 3.0)):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["layer/vars/0"] = file["layer/vars/2"] = scale * values
+            file["layer/vars/1"] = np.int32(5)
+            file["layer"].attrs["kind"] = "wrapper"
+    average_weights([tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "mean.h5")
+    with h5py.File(tmp_path / "mean.h5") as file:
+        for index in (0, 2):
+            np.testing.assert_allclose(file[f"layer/vars/{index}"][()], 2.0 * values, rtol=1e-6)
+        assert file["layer/vars/1"][()] == 5 and file["layer"].attrs["kind"] == "wrapper"
+    assert (tmp_path / "mean.h5").stat().st_size < 1.5 * values.nbytes
+
+
 @pytest.mark.parametrize("what", ["another network", "text", "nothing"])
 def test_what_is_no_second_run_is_named_and_the_output_stays(tmp_path, what):
     first, second = saved(tmp_path / "first.weights.h5", 1.0), tmp_path / "second.weights.h5"
@@ -75,4 +92,6 @@ def test_the_program(tmp_path):
         assert done.returncode == code, done.stderr
     assert done.stderr.startswith("average: ") and "none.weights.h5" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert (tmp_path / "mean.weights.h5").read_bytes() == first.read_bytes()
+    mean = network()
+    mean.load_weights(tmp_path / "mean.weights.h5")
+    assert all(np.all(weight == 1.0) for weight in mean.get_weights())

@@ -521,7 +521,7 @@ def own_lines(text: str) -> list[str]:
 def test_the_program_refuses_an_unknown_network(tmp_path):
     result = run_program("--network", "qpwc_fats", "-o", str(tmp_path / "run"))
     assert result.returncode == 1 and result.stdout == ""
-    assert own_lines(result.stderr) == ["train: unknown network 'qpwc_fats'; known: qpwc_fast, qpwc, qpwc_wide"]
+    assert own_lines(result.stderr) == ["train: unknown network 'qpwc_fats'; known: qpwc_fast, qpwc"]
     assert not (tmp_path / "run").exists()
 
 

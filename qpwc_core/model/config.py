@@ -132,25 +132,19 @@ _FAST_SIZES = (
     (352, 640), (384, 512), (256, 320), (448, 672), (416, 736), (352, 832), (288, 960)
 )  # fmt: skip
 
-# The same for images enlarged by a third: the flow's grid is then finer than one cell to 6x6 of their pixels. At 4/3,
-# in this order: 640x360, 512x384, 320x240, 3:2; then wide ones, large 16:9 and large 4:3, as large as time allows.
+# As large as the images of usual cameras and data sets, in this order: 640x480, 640x360, 512x384, 320x240, 3:2, RealSense's
+# 848x480, 960x540; then films (Sintel) and cars (KITTI), and large 16:9 and 4:3, as large as time allows.
 _ACCURATE_SIZES = (
-    (480, 832), (512, 672), (320, 416), (640, 960), (480, 1120), (416, 1376), (640, 1120), (832, 1088)
+    (352, 640), (384, 512), (256, 320), (512, 768), (480, 832), (544, 960), (448, 1024), (384, 1248), (640, 1120), (832, 1088)
 )  # fmt: skip
 
-_FAST = NetworkConfig(sizes=_FAST_SIZES, context=(48, 48, 48, 48), vote_gain=30.0)
-
 OPERATING_POINTS: Mapping[str, NetworkConfig] = {
-    "qpwc_fast": _FAST,
-    # The same network, which sees images enlarged and has its flow refined on them.
-    "qpwc": dataclasses.replace(
-        _FAST, name="qpwc", height=640, width=832, sizes=_ACCURATE_SIZES, enlarge=4 / 3, refine=True
-    ),
-    # About two and a half times the work of qpwc_fast on the same image: wider, and one level more. Its training is
-    # not far enough yet to be better at it.
-    "qpwc_wide": NetworkConfig(
-        name="qpwc_wide",
-        sizes=_FAST_SIZES,
+    "qpwc_fast": NetworkConfig(sizes=_FAST_SIZES, context=(48, 48, 48, 48), vote_gain=30.0),
+    # About two and a half times the work of qpwc_fast on the same image: wider, and one level more.
+    "qpwc": NetworkConfig(
+        name="qpwc",
+        sizes=_ACCURATE_SIZES,
+        refine=True,
         pyramid=(24, 32, 64, 96, 128),
         finest_level=2,
         radii=(6, 4, 3, 2),

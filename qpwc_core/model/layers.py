@@ -66,15 +66,19 @@ def bilinear_warp(features: Tensor, flow: Tensor, inner: dict[str, Quantizer] | 
     quantize_weight = inner["weight"] if inner else _identity
     quantize_sample = inner["sample"] if inner else _identity
     batch, height, width, channels = features.shape
-    limit = tf.constant([width - 1.0, height - 1.0])
-    position = tf.minimum(tf.maximum(pixel_grid(height, width)[tf.newaxis] + flow, 0.0), limit)
-    # The lower neighbour stays one short of the border, so its upper neighbour always exists; on the
-    # border itself the fraction is then exactly 1. Negative sizes cannot occur: height, width >= 2.
-    corner = tf.minimum(tf.floor(position), limit - 1.0)
-    fraction = position - corner
-    corner = tf.cast(corner, tf.int32)
-    x0, y0 = corner[..., 0], corner[..., 1]
-    fx, fy = fraction[..., 0:1], fraction[..., 1:2]
+
+    def place(axis: int, size: int, shape: list[int]) -> tuple[Tensor, Tensor]:
+        """Lower neighbour and fraction of the coordinate to sample at, one of x (0) and y (1)."""
+        # A row and a column instead of a grid, which for every level and input size would be half of an int8 file.
+        here = tf.reshape(tf.range(size, dtype=tf.float32), shape)
+        position = tf.minimum(tf.maximum(flow[..., axis : axis + 1] + here, 0.0), size - 1.0)
+        # The lower neighbour stays one short of the border, so its upper neighbour always exists; on the
+        # border itself the fraction is then exactly 1. Negative sizes cannot occur: height, width >= 2.
+        corner = tf.minimum(tf.floor(position), size - 2.0)
+        return tf.cast(corner[..., 0], tf.int32), position - corner
+
+    x0, fx = place(0, width, [1, 1, width, 1])
+    y0, fy = place(1, height, [1, height, 1, 1])
 
     if batch is None:
         offset = tf.range(tf.shape(features)[0])[:, tf.newaxis, tf.newaxis] * (height * width)

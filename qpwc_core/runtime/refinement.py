@@ -15,8 +15,9 @@ import numpy as np
 _SHRINK = 2
 # Chosen on rendered training scenes with noise, changes of exposure and night; OpenCV's defaults elsewhere. Images
 # that differ in brightness speak for little weight of brightness itself (delta); omega is the over-relaxation of the
-# solver, by which it gets farther in the same number of iterations.
-_ITERATIONS = 10
+# solver, by which it gets farther in the same number of iterations. Twice as many take twice the time for 0.4 % of the
+# error.
+_ITERATIONS = 5
 _DELTA = 1.0
 _OMEGA = 1.9
 

@@ -8,7 +8,6 @@ set; their mean lies closer. (Izmailov et al., "Averaging Weights Leads to Wider
 from __future__ import annotations
 
 import contextlib
-import shutil
 from pathlib import Path
 from typing import Sequence
 
@@ -55,8 +54,22 @@ def average_weights(paths: Sequence[Path], output: Path) -> None:
             if array.dtype.kind == "f"
         }
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as temporary:
-        shutil.copy(paths[0], temporary)
-        with h5py.File(temporary, "r+") as file:
-            for name, mean in means.items():
-                file[name][...] = mean
+    with replacing(output) as temporary, h5py.File(paths[0], "r") as first, h5py.File(temporary, "w") as file:
+        stored: dict[tuple, str] = {}
+
+        def copy(name: str, item: h5py.Group | h5py.Dataset) -> None:
+            if isinstance(item, h5py.Dataset):
+                value = np.asarray(means.get(name, item[()]), item.dtype)
+                # Quantization wrappers list their kernels twice: one array under both names is half the file.
+                key = (value.shape, value.dtype.str, value.tobytes())
+                if key in stored:
+                    file[name] = file[stored[key]]
+                else:
+                    stored[key] = name
+                    file[name] = value
+            else:
+                file.require_group(name)
+            file[name].attrs.update(item.attrs)
+
+        file.attrs.update(first.attrs)
+        first.visititems(copy)

@@ -12,8 +12,9 @@ This module writes bundles and reads trained state back; ``bundle_runner`` runs 
 module nor TensorFlow.
 
 Variables that the step reads and leaves as they are (``--frozen-levels``, ``--only-fresh``, a quantized network's ranges, a
-teacher's weights) are ``frozen`` in ``bundle.json``: part of the state that goes in, not of the one that comes out. What the network has and the step does not
-even read (ranges of a cost volume's other form) is ``unread``: it stays in the bundle's ``state.npz``.
+teacher's weights) are ``frozen`` in ``bundle.json``: part of the state that goes in, not of the one that comes out. What the
+network has and the step does not even read (ranges of a cost volume's other form) is ``unread``: it stays in the bundle's
+``state.npz``.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from qpwc_core.data.render import render
 from qpwc_core.data.scenes import SceneConfig, sample_scene
 from qpwc_core.data.textures import procedural_bank
 
-#: The smallest input of ``qpwc``; that of ``qpwc_fast`` is cut out of it.
-HEIGHT, WIDTH = 320, 416
+#: The smallest input of both models.
+HEIGHT, WIDTH = 256, 320
 SEED = 6
 
 
