@@ -129,6 +129,7 @@ PROGRAMS = {
 CUT_WITH = {
     "--pool": "--pool 32 --pool-margin 8",
     "--teacher-share": "--steps 1",  # quantize.py: one of them also trains
+    "--bundle": "--steps 1",
     # The package that has this pair is not among the requirements.
     "motorcycle": "--root data/motorcycle",
 }
@@ -140,7 +141,7 @@ NOT_RUN = {
     "docs/generate_reference.py": "test_docs_site.py",
 }
 #: Without these a program does something else: a command that has one does not stand for one that has not.
-APART = frozenset({"--pool", "--dataset", "--methods", "--weights-from"})
+APART = frozenset({"--pool", "--dataset", "--methods", "--weights-from", "--bundle"})
 
 
 def options(command: Command) -> frozenset[str]:
@@ -285,6 +286,10 @@ def write_trained(folder: Path) -> None:
             copy.mkdir(parents=True)
             for path in first.glob("*.*"):
                 shutil.copy(path, copy)
+    if is_installed("tensorflow_model_optimization"):
+        from qpwc_core.quantization.configs import build_quantized_network
+
+        build_quantized_network(point, HEIGHT, WIDTH).save_weights(first / "trained.weights.h5")
     for name in ("bundle/run/state.npz", "run/qpwc_fast/averages_12419.npz"):
         (folder / "out" / name).parent.mkdir(parents=True)
         shutil.copy(first / "state.npz", folder / "out" / name)
@@ -306,6 +311,8 @@ def check_left(program: Program, words: list[str], output: str) -> None:
     assert re.search(program.said, output), output
     value = words[words.index("-o") + 1] if "-o" in words else program.o
     left = program.left.format(o=value)
+    if "--bundle" in words:
+        left = "out/bundle/step.stablehlo"
     if "--weights-from" in words:
         left = f"{words[1]}/trained.weights.h5"
     if "--keep-averages" in words:
@@ -336,7 +343,7 @@ def test_a_program_does_what_the_page_says(command, inputs, small, tmp_path, mon
         check_left(program, words, done.stdout)
         return
     if small is not None:
-        small.config.run_functions_eagerly(program.eager)
+        small.config.run_functions_eagerly(program.eager and "--bundle" not in words)
     try:
         code = run_here(words, monkeypatch)
     finally:
