@@ -380,7 +380,9 @@ ALLOWED_FLOATS = {
     "the flow, its upsampling, its sums": (r"flow_(step|context|add|up)_\d/(?!FakeQuant).*", 2),
     "the flow in pixels of the image": (r"StatefulPartitionedCall:0", 2),
     "the flow for the decoder, before it is rounded": (r"flow_input_\d/(clip_by_value|mul)(/.*)?", 2),
-    "coordinates and bilinear weights": (r"warp_\d/(add|Maximum|Minimum|Floor|sub|strided_slice|mul|Const)(_\d+)?", 2),
+    "coordinates and bilinear weights": (
+        r"warp_\d/(add|Reshape|Maximum|Minimum|Floor|sub|strided_slice|mul|Const)(_\d+)?(/y)?", 2
+    ),
     "factors on the flow, biases": (r"(arith\.constant\d*|mul/y)", max(DEEP.context)),
     "kernels of the flow's convolutions": (r"(flow_(step|context)_\d|context_\d_conv\d)/Conv2D", 64),
     "the context network, on the coarsest grid": (r"context_5_(conv\d/(Conv2D1|BiasAdd)|act\d/LeakyRelu)", 64),
@@ -402,9 +404,15 @@ def float_tensors_not_allowed(model) -> list[str]:
     ]
 
 
+def channels_of(shape) -> int:
+    """Of a map BxHxWxC, or of what is added to one; a map BxHxW has a value per cell."""
+    return 1 if len(shape) in (0, 3) else shape[-1]
+
+
 def allowed(name: str, shape) -> bool:
-    channels = shape[-1] if len(shape) else 1
-    return any(re.fullmatch(pattern, name) and channels <= most for pattern, most in ALLOWED_FLOATS.values())
+    return any(
+        re.fullmatch(pattern, name) and channels_of(shape) <= most for pattern, most in ALLOWED_FLOATS.values()
+    )
 
 
 def test_no_float_tensor_is_outside_of_the_allow_list(exported):
@@ -468,7 +476,7 @@ def test_wide_float_tensors_are_only_what_float_convolutions_read(exported, size
         if name == "CONV_2D" and TYPES[outputs[0].type] == "FLOAT32":
             read.add(inputs[0].name)
         for tensor in outputs:
-            if TYPES[tensor.type] != "FLOAT32" or tensor.shape[-1] <= 2 or "Softmax" in tensor.name.decode():
+            if TYPES[tensor.type] != "FLOAT32" or channels_of(tensor.shape) <= 2 or "Softmax" in tensor.name.decode():
                 continue
             if name == "DEQUANTIZE":
                 made_from_int8 += 1
