@@ -94,8 +94,8 @@ PROGRAMS = {
     ),
     "training/quantize.py": Program(
         f"{STEP} --steps 0 --validation-size {SIZE} --calibration-pairs 2",
-        "{o}/qpwc_fast_int8.tflite",
-        "out/quantize/qpwc_fast",
+        "{o}/*_int8.tflite",
+        "out/quantize/*",
         needs=(*KERAS, "tensorflow_model_optimization"),
     ),
     "training/export_step.py": Program(
@@ -267,7 +267,7 @@ def write_trained(folder: Path) -> None:
     network = build_network(point, HEIGHT, WIDTH)
     pretrained = folder / "out/pre_train/qpwc_fast"
     runs = (f"out/{run}/best" for run in ("train/mine", "train/qpwc_fast", "pre_train/qpwc_fast"))
-    for name in ("models/qpwc_fast", "RUN_2", *runs):
+    for name in ("models/qpwc_fast", "models/qpwc", "RUN_2", *runs):
         path = folder / f"{name}.weights.h5"
         path.parent.mkdir(parents=True, exist_ok=True)
         network.save_weights(path)
