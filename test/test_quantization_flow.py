@@ -404,15 +404,9 @@ def float_tensors_not_allowed(model) -> list[str]:
     ]
 
 
-def channels_of(shape) -> int:
-    """Of a map BxHxWxC, or of what is added to one; a map BxHxW has a value per cell."""
-    return 1 if len(shape) in (0, 3) else shape[-1]
-
-
 def allowed(name: str, shape) -> bool:
-    return any(
-        re.fullmatch(pattern, name) and channels_of(shape) <= most for pattern, most in ALLOWED_FLOATS.values()
-    )
+    channels = shape[-1] if len(shape) else 1
+    return any(re.fullmatch(pattern, name) and channels <= most for pattern, most in ALLOWED_FLOATS.values())
 
 
 def test_no_float_tensor_is_outside_of_the_allow_list(exported):
@@ -476,7 +470,7 @@ def test_wide_float_tensors_are_only_what_float_convolutions_read(exported, size
         if name == "CONV_2D" and TYPES[outputs[0].type] == "FLOAT32":
             read.add(inputs[0].name)
         for tensor in outputs:
-            if TYPES[tensor.type] != "FLOAT32" or channels_of(tensor.shape) <= 2 or "Softmax" in tensor.name.decode():
+            if TYPES[tensor.type] != "FLOAT32" or tensor.shape[-1] <= 2 or "Softmax" in tensor.name.decode():
                 continue
             if name == "DEQUANTIZE":
                 made_from_int8 += 1

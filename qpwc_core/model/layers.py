@@ -75,7 +75,7 @@ def bilinear_warp(features: Tensor, flow: Tensor, inner: dict[str, Quantizer] | 
         # The lower neighbour stays one short of the border, so its upper neighbour always exists; on the
         # border itself the fraction is then exactly 1. Negative sizes cannot occur: height, width >= 2.
         corner = tf.minimum(tf.floor(position), size - 2.0)
-        return tf.cast(corner[..., 0], tf.int32), position - corner
+        return tf.cast(corner, tf.int32)[..., 0], position - corner
 
     x0, fx = place(0, width, [1, 1, width, 1])
     y0, fy = place(1, height, [1, height, 1, 1])

@@ -29,9 +29,9 @@ def average_weights(paths: Sequence[Path], output: Path) -> None:
     if not paths:
         raise ValueError("no weights to average")
 
-    def opened(path: Path, mode: str) -> h5py.File:
+    def opened(path: Path) -> h5py.File:
         try:
-            return h5py.File(path, mode)
+            return h5py.File(path, "r")
         except OSError as error:
             if not path.is_file():
                 raise
@@ -43,7 +43,7 @@ def average_weights(paths: Sequence[Path], output: Path) -> None:
         return found
 
     with contextlib.ExitStack() as stack:
-        sources = [arrays(stack.enter_context(opened(path, "r"))) for path in paths]
+        sources = [arrays(stack.enter_context(opened(path))) for path in paths]
         shapes = {name: array.shape for name, array in sources[0].items()}
         for path, source in zip(paths, sources):
             if {name: array.shape for name, array in source.items()} != shapes:
@@ -54,7 +54,7 @@ def average_weights(paths: Sequence[Path], output: Path) -> None:
             if array.dtype.kind == "f"
         }
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as temporary, h5py.File(paths[0], "r") as first, h5py.File(temporary, "w") as file:
+    with replacing(output) as temporary, opened(paths[0]) as first, h5py.File(temporary, "w") as file:
         stored: dict[tuple, str] = {}
 
         def copy(name: str, item: h5py.Group | h5py.Dataset) -> None:

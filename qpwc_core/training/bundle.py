@@ -13,8 +13,8 @@ module nor TensorFlow.
 
 Variables that the step reads and leaves as they are (``--frozen-levels``, ``--only-fresh``, a quantized network's ranges, a
 teacher's weights) are ``frozen`` in ``bundle.json``: part of the state that goes in, not of the one that comes out. What the
-network has and the step does not even read (ranges of a cost volume's other form) is ``unread``: it stays in the bundle's
-``state.npz``.
+network has and the step does not even read (ranges of a cost volume's other form) is among ``weights`` and not in ``state``:
+it stays in the bundle's ``state.npz``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import tf_keras as keras
 
 from qpwc_core.model.config import NetworkConfig
 from qpwc_core.model.network import build_network
-from qpwc_core.training.bundle_runner import CHECKPOINT, read_arrays, read_description
+from qpwc_core.training.bundle_runner import CHECKPOINT, DESCRIPTION, read_arrays, read_description
 from qpwc_core.training.loop import (
     TrainConfig,
     batch_signature,
@@ -118,7 +118,6 @@ def export_trainer(trainer: FlowTrainer, config: TrainConfig, directory: Path, *
         "weights": weights,
         "averages": [averages.get(name, name) for name in weights],
         "frozen": frozen,
-        "unread": [names[id(v.handle)] for v in unread],
         "network": dataclasses.asdict(network_config(config.network)),
         "quantized": quantized,
         "run": dataclasses.asdict(config),
@@ -129,7 +128,7 @@ def export_trainer(trainer: FlowTrainer, config: TrainConfig, directory: Path, *
     np.savez_compressed(directory / CHECKPOINT, **{names[id(v.handle)]: v.numpy() for v in [*variables, *unread]})
     if config.textures:
         shutil.copyfile(config.textures, directory / "textures.npz")
-    (directory / "bundle.json").write_text(json.dumps(description, indent=2) + "\n")
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def plain_stablehlo(text: str) -> str:
@@ -188,9 +187,8 @@ def load_weights(directory: Path, state: Path, network: keras.Model, *, averaged
     """
     description = read_description(directory)
     names = description["averages" if averaged else "weights"]
-    unread = set(description.get("unread", ()))
-    values = read_arrays(state, [name for name in names if name not in unread])
-    values.update(read_arrays(directory / CHECKPOINT, unread))
+    read = set(names) & set(description["state"])
+    values = {**read_arrays(state, read), **read_arrays(directory / CHECKPOINT, set(names) - read)}
     if len(names) != len(network.variables):
         raise ValueError(f"{state}: {len(names)} weights for a network of {len(network.variables)}")
     for variable, name in zip(network.variables, names):

@@ -17,6 +17,8 @@ Batch = dict[str, np.ndarray]
 #: Values of ``RunLimits.schedule``.
 SCHEDULES = ("steps", "minutes")
 
+#: What a bundle says of itself.
+DESCRIPTION = "bundle.json"
 #: The initial state's name in a bundle, and the trained one's in a run's directory.
 CHECKPOINT = "state.npz"
 
@@ -31,7 +33,7 @@ def read_description(directory: Path) -> dict:
         ValueError: not a bundle, or one of an older version.
     """
     try:
-        description = json.loads((directory / "bundle.json").read_text())
+        description = json.loads((directory / DESCRIPTION).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{directory}: not a training bundle ({error})") from error
     if "position" not in description:
@@ -254,8 +256,9 @@ class _Training:
     def save(self) -> None:
         self._bundle.save(self.checkpoint)
         if self._limits.keep_averages:
-            unread = set(self._bundle.description.get("unread", ()))
-            names = [name for name in self._bundle.description["averages"] if name not in unread]
+            description = self._bundle.description
+            # Of weights that the step does not read it has no state.
+            names = [name for name in description["averages"] if name in description["state"]]
             self._bundle.save(self._directory / f"averages_{self.done}.npz", names)
 
 

@@ -34,7 +34,6 @@ RECORD = "stage.json"
 METHODS = ("dis-medium", "zero")
 """What an ``evaluate`` stage compares the two exported files with."""
 
-_BUNDLE = "bundle.json"
 _PACKAGES = (
     "tensorflow", "tensorflow-cpu", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert", "numpy",
     "opencv-python-headless",
@@ -167,7 +166,7 @@ def _check_inputs(recipe: Recipe, stage: Stage) -> None:
 def _begun(stage: Stage) -> bool:
     """Whether a stage has left something that it would go on from."""
     progress = {"pre_train": "history.csv", "train": "history.csv", "quantize": "calibrated.weights.h5"}
-    name = _BUNDLE if stage.bundle else progress.get(stage.kind)
+    name = bundle_runner.DESCRIPTION if stage.bundle else progress.get(stage.kind)
     return name is not None and (stage.directory / name).exists()
 
 
@@ -285,7 +284,7 @@ def _train(recipe: Recipe, stage: Stage) -> Outcome:
     _release()
     if stage.bundle:
         samples, seconds = _run_bundle(stage, lambda: bundle.export_step(stage.config, stage.directory))
-        return Outcome((stage.weights, stage.directory / _BUNDLE), samples, seconds)
+        return Outcome((stage.weights, stage.directory / bundle_runner.DESCRIPTION), samples, seconds)
     return _trained(stage, loop.train(stage.config, stage.directory))
 
 
@@ -307,7 +306,7 @@ def _run_bundle(stage: Stage, export: Callable[[], None]) -> tuple[int, float]:
     """
     config, state = stage.config, stage.directory / "run" / "state.npz"
     # Written last: without it the export did not end.
-    if not (stage.directory / _BUNDLE).exists():
+    if not (stage.directory / bundle_runner.DESCRIPTION).exists():
         export()
     done = bundle_runner.steps_done(stage.directory, state)
     if done < config.steps:
