@@ -39,6 +39,11 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
+def default_threads() -> int:
+    """Threads that compute where nobody says otherwise: two, or one on a single processor."""
+    return min(2, available_cores())
+
+
 def processor_features() -> frozenset[str]:
     """Instruction-set extensions as /proc/cpuinfo names them; empty where it cannot be read."""
     return frozenset((_cpuinfo("flags", "Features") or "").split())  # x86, ARM

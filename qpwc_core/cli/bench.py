@@ -15,7 +15,7 @@ import numpy as np
 from qpwc_core.classical import make_dis
 from qpwc_core.cli import common
 from qpwc_core.errors import ModelError
-from qpwc_core.machine import available_cores, describe_machine
+from qpwc_core.machine import default_threads, describe_machine
 from qpwc_core.runtime.models import PRECISIONS, default_model, find_model
 
 help = "time int8, float32 and OpenCV's DIS on this machine"
@@ -59,7 +59,7 @@ class _Contestant:
 def run(args: argparse.Namespace) -> int:
     """Times each contestant on the same frames by turns, so that what slows the machine slows them all."""
     if args.threads is None:
-        args.threads = min(2, available_cores())
+        args.threads = default_threads()
     opencv_threads = cv2.getNumThreads()
     cv2.setNumThreads(args.threads)
     try:

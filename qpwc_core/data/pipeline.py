@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
 import signal
 import threading
 from pathlib import Path
-from typing import Iterator, Mapping
+from typing import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from qpwc_core.data.textures import TextureBank, load_bank, procedural_bank
 from qpwc_core.errors import QpwcError
 
 Batch = dict[str, np.ndarray]
+
+Make = Callable[[int], Iterator[Batch]]
+"""Endless batches from a seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +178,10 @@ def prepare_worker() -> None:
     cv2.setNumThreads(1)
 
 
-def _work(config: PipelineConfig, seed: int, output: multiprocessing.connection.Connection) -> None:
+def _work(make: Make, seed: int, output: multiprocessing.connection.Connection) -> None:
     prepare_worker()
     try:
-        for batch in batches(config, seed):
+        for batch in make(seed):
             output.send(batch)
     except BrokenPipeError:
         return  # the parent is gone
@@ -187,9 +191,18 @@ def _work(config: PipelineConfig, seed: int, output: multiprocessing.connection.
 
 @contextlib.contextmanager
 def worker_batches(config: PipelineConfig, seed: int, workers: int) -> Iterator[Iterator[Batch]]:
+    """:func:`batches` from worker processes, as :func:`in_processes` has it."""
+    with in_processes(functools.partial(batches, config), seed, workers) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def in_processes(make: Make, seed: int, workers: int) -> Iterator[Iterator[Batch]]:
     """Batches from worker processes, for a ``with`` statement; the processes end with it.
 
     Args:
+        make: seed → endless batches; picklable.
+        seed: of the first worker, see :func:`worker_seed`.
         workers: number of processes; 0 makes batches in the calling process.
 
     Raises (from the iterator):
@@ -197,7 +210,7 @@ def worker_batches(config: PipelineConfig, seed: int, workers: int) -> Iterator[
         ChildProcessError: a worker died.
     """
     if workers == 0:
-        yield batches(config, seed)
+        yield make(seed)
         return
     # Not fork: the parent runs TensorFlow's or JAX's threads.
     context = multiprocessing.get_context("spawn")
@@ -224,7 +237,7 @@ def worker_batches(config: PipelineConfig, seed: int, workers: int) -> Iterator[
     try:
         for index in range(workers):
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(config, worker_seed(seed, index), sending), daemon=True)
+            process = context.Process(target=_work, args=(make, worker_seed(seed, index), sending), daemon=True)
             processes[receiving] = process
             process.start()
             # The worker's is then the only writing end, so that its death is seen.

@@ -12,7 +12,7 @@ import numpy as np
 from qpwc_core.errors import ModelError
 from qpwc_core.geometry import NetworkFit, resize_flow
 from qpwc_core.images import as_rgb, as_rgb_pair
-from qpwc_core.machine import available_cores
+from qpwc_core.machine import default_threads
 from qpwc_core.runtime import models
 from qpwc_core.runtime.engine import Delegate, Engine, TensorSpec
 from qpwc_core.runtime.models import InputSize, ModelInfo
@@ -22,7 +22,6 @@ from qpwc_core.runtime.refinement import refine, refined_size, refinement_image
 _IMAGE = "image"
 _FLOW = "flow"
 _PREV, _NEXT = "prev_", "next_"
-_DEFAULT_THREADS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +67,7 @@ class FlowEstimator:
         """As `load`, for a model whose description is already read."""
         self.info = info
         self.refines = info.refine if refine is None else refine
-        self.threads = min(_DEFAULT_THREADS, available_cores()) if threads is None else threads
+        self.threads = default_threads() if threads is None else threads
         self._engine = Engine(info.path, threads=self.threads, xnnpack=xnnpack, delegate=delegate)
         self._match_inputs = {size: _check_interface(info, size, self._engine) for size in info.sizes}
 

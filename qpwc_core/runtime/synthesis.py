@@ -5,10 +5,15 @@ along its own flow to time t (forward splatting), so that what is known where a 
 known where it *is*; a flow at t that is merely scaled in place would bend at every motion boundary. Where
 several surfaces land, those whose forward and backward flow agree outweigh the rest: a surface about to
 be covered cannot confirm its flow, the one covering it can. The same agreement says which frame still
-shows what is seen at t, and the two frames, warped to t, are blended accordingly.
+shows what is seen at t. Motion found nearby replaces a pixel's own where the two frames then agree better, which
+moves the boundaries of a coarse flow to where the images have them. That is the plan; a synthesis head
+(`synthesis_head`) may correct it; then the two frames, warped to t, are blended accordingly.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -17,7 +22,7 @@ from qpwc_core.geometry import check_flow, pixel_grid, resize_flow, warp_image
 from qpwc_core.metrics import forward_backward_confidence
 
 # Pixels of the images per cell of the grid on which motion at t is worked out. The networks' own flow has
-# a vector per 8×8 pixels, so little is lost and a quarter of the work remains.
+# a vector per 4×4 or 8×8 pixels, so little is lost and a quarter of the work remains.
 _CELL = 2
 # Weight of a cell nothing confirms: it counts where nothing better lands, and hardly elsewhere.
 _UNCONFIRMED_WEIGHT = 1e-3
@@ -28,6 +33,42 @@ _LEAST_VISIBILITY = 0.05
 # Standard deviations, in pixels, of the smoothing that evens out the raggedness of splatting.
 _MOTION_SMOOTHING = 0.7
 _VISIBILITY_SMOOTHING = 1.5
+# Cells to the left, right, above and below whose motion is tried in place of a cell's own, in turn: a flow's cell of
+# 8×8 pixels is 4 cells wide, and the last one is reached by what the ones before have spread.
+_REACHES = (4, 8, 16)
+# Standard deviation, in cells, of the surroundings in which the two frames are compared for that, and by how many
+# grey levels they must agree better.
+_SURROUNDINGS = 2.0
+_LEAST_GAIN = 0.5
+# By how many times more where one frame alone shows what is seen, and agreement, being chance, says little.
+_DOUBT_ALONE = 3.0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Where the pixels of the frame at time `t` come from, on a grid over the image with half as many cells a side.
+
+    Attributes:
+      t: The time, in (0, 1).
+      velocity_prev, velocity_next: float32 (h, w, 2), cells that what is seen there moves from time 0 to time 1;
+        the one to look it up in the previous frame with, the other in the next.
+      weight: float32 (h, w), in [0, 1], of the previous frame's colour; the rest is the next frame's.
+    """
+
+    t: float
+    velocity_prev: np.ndarray
+    velocity_next: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def to_prev(self) -> np.ndarray:
+        """float32 (h, w, 2), from the frame at `t` to the previous one, in cells."""
+        return self.velocity_prev * np.float32(-self.t)
+
+    @property
+    def to_next(self) -> np.ndarray:
+        """float32 (h, w, 2), from the frame at `t` to the next one, in cells."""
+        return self.velocity_next * np.float32(1 - self.t)
 
 
 def check_time(t: float) -> None:
@@ -37,7 +78,12 @@ def check_time(t: float) -> None:
 
 
 def synthesize(
-    prev: np.ndarray, next: np.ndarray, forward: np.ndarray, backward: np.ndarray, t: float
+    prev: np.ndarray,
+    next: np.ndarray,
+    forward: np.ndarray,
+    backward: np.ndarray,
+    t: float,
+    head: Callable[[np.ndarray, np.ndarray, Plan], Plan] | None = None,
 ) -> np.ndarray:
     """The frame at time `t` between `prev` (time 0) and `next` (time 1).
 
@@ -46,21 +92,27 @@ def synthesize(
       forward: float32 (H, W, 2), pixels, prev → next.
       backward: float32 (H, W, 2), pixels, next → prev.
       t: Time in (0, 1).
+      head: Corrects the plan, seeing both frames: a `SynthesisHead`.
 
     Returns:
-      uint8 (H, W, 3). Equal to both frames where they are equal and nothing moves.
+      uint8 (H, W, 3). Without a head equal to both frames where they are equal and nothing moves.
 
     Raises:
       ValueError: Shapes or dtypes do not fit each other, or `t` is out of range.
     """
     check_time(t)
     _check_arrays(prev, next, forward, backward)
-    motion, share_of_prev = _motion_at(forward, backward, t)
-    from_prev = warp_image(prev, motion * np.float32(-t))
-    from_next = warp_image(next, motion * np.float32(1 - t))
-    weight_prev = (share_of_prev + np.float32(_LEAST_VISIBILITY)) * np.float32(1 - t)
-    weight_next = (np.float32(1 + _LEAST_VISIBILITY) - share_of_prev) * np.float32(t)
-    return cv2.blendLinear(from_prev, from_next, weight_prev, weight_next)
+    plan = plan_frame(prev, next, forward, backward, t)
+    return render(prev, next, plan if head is None else head(prev, next, plan))
+
+
+def render(prev: np.ndarray, next: np.ndarray, plan: Plan) -> np.ndarray:
+    """The frame that a plan says: uint8 (H, W, 3), like `prev` and `next`."""
+    height, width = prev.shape[:2]
+    from_prev = warp_image(prev, resize_flow(plan.to_prev, height, width))
+    from_next = warp_image(next, resize_flow(plan.to_next, height, width))
+    weight = cv2.resize(plan.weight, (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.blendLinear(from_prev, from_next, weight, 1 - weight)
 
 
 def _check_arrays(prev: np.ndarray, next: np.ndarray, forward: np.ndarray, backward: np.ndarray) -> None:
@@ -76,13 +128,61 @@ def _check_arrays(prev: np.ndarray, next: np.ndarray, forward: np.ndarray, backw
         raise ValueError(f"prev, next, forward and backward differ in size: {sorted(sizes)}")
 
 
-def _motion_at(forward: np.ndarray, backward: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
-    """What each pixel at time t is doing.
+def plan_frame(
+    prev: np.ndarray, next: np.ndarray, forward: np.ndarray, backward: np.ndarray, t: float
+) -> Plan:
+    """What each pixel of the frame at time `t` is doing, and who shows it. Arguments as `synthesize`'s."""
+    velocity, share_of_prev = _carried(forward, backward, t)
+    greys = (cv2.cvtColor(grid_image(image, share_of_prev.shape), cv2.COLOR_RGB2GRAY) for image in (prev, next))
+    velocity = _from_nearby(*greys, velocity, share_of_prev, t)
+    weight_prev = (share_of_prev + np.float32(_LEAST_VISIBILITY)) * np.float32(1 - t)
+    weight_next = (np.float32(1 + _LEAST_VISIBILITY) - share_of_prev) * np.float32(t)
+    return Plan(t, velocity, velocity, weight_prev / (weight_prev + weight_next))
+
+
+def grid_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame, uint8 (H, W, 3), at the size (h, w) of a plan's grid."""
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _from_nearby(
+    prev: np.ndarray, next: np.ndarray, velocity: np.ndarray, share_of_prev: np.ndarray, t: float
+) -> np.ndarray:
+    """Velocity with that of another cell wherever it brings the two frames, grey (h, w), to agree better at `t`.
+
+    (Propagation as in PatchMatch, Barnes et al., "PatchMatch: A Randomized Correspondence Algorithm for Structural
+    Image Editing", SIGGRAPH 2009, without its random search.)
+    """
+    to_prev, to_next = np.float32(-t), np.float32(1 - t)
+
+    def disagreement(candidate: np.ndarray) -> np.ndarray:
+        """float32 (h, w), grey levels."""
+        apart = cv2.absdiff(warp_image(prev, candidate * to_prev), warp_image(next, candidate * to_next))
+        return cv2.GaussianBlur(apart.astype(np.float32), (0, 0), _SURROUNDINGS)
+
+    height, width = velocity.shape[:2]
+    doubt = 1 + np.float32(_DOUBT_ALONE) * np.abs(2 * share_of_prev - 1)
+    least = disagreement(velocity)
+    for reach in _REACHES:
+        bordered = cv2.copyMakeBorder(velocity, reach, reach, reach, reach, cv2.BORDER_REPLICATE)
+        found = velocity.copy()
+        for x, y in ((0, reach), (2 * reach, reach), (reach, 0), (reach, 2 * reach)):
+            candidate = np.ascontiguousarray(bordered[y : y + height, x : x + width])
+            cost = disagreement(candidate)
+            better = (cost * doubt + np.float32(_LEAST_GAIN) < least).view(np.uint8)
+            cv2.copyTo(cost, better, least)
+            cv2.copyTo(candidate, better, found)
+        velocity = found
+    return velocity
+
+
+def _carried(forward: np.ndarray, backward: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the flow alone says, carried to time `t`.
 
     Returns:
-      motion: float32 (H, W, 2), pixels that its surface moves from time 0 to time 1.
-      share_of_prev: float32 (H, W), 1 where `prev` alone shows that surface, 0 where `next` alone does,
-        0.5 where both do or nothing is known.
+      velocity: float32 (h, w, 2), cells that what is seen there moves from time 0 to time 1.
+      share_of_prev: float32 (h, w), 1 where `prev` alone shows it, 0 where `next` alone does, 0.5 where both do or
+        nothing is known.
     """
     height, width = forward.shape[:2]
     size = (-(-height // _CELL), -(-width // _CELL))
@@ -112,8 +212,7 @@ def _motion_at(forward: np.ndarray, backward: np.ndarray, t: float) -> tuple[np.
     in_next = _smooth(splat(presence * np.concatenate([confirmed_prev, ones])), _VISIBILITY_SMOOTHING)
     share = in_prev / (in_prev + in_next + np.finfo(np.float32).tiny)
     share[in_prev + in_next == 0] = 0.5
-    share = cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR)
-    return resize_flow(motion, height, width), share
+    return motion, share
 
 
 def _landing_cell(flow: np.ndarray, time: float) -> np.ndarray:

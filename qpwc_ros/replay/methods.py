@@ -12,7 +12,7 @@ import numpy as np
 
 from qpwc_core.classical import farneback
 from qpwc_core.errors import QpwcError, UsageError
-from qpwc_core.machine import available_cores
+from qpwc_core.machine import default_threads
 from qpwc_core.runtime.models import AUTO_REFINE, DEFAULT_PRECISION, PRECISIONS, default_model
 from qpwc_ros.replay.run import SUBJECT
 
@@ -103,7 +103,7 @@ def parse_comparison(text: str, threads: int) -> list[MethodSpec]:
     from qpwc_ros.plugins.builtin import ESTIMATORS
 
     # The same number for all, so that their times compare.
-    threads = threads or min(2, available_cores())
+    threads = threads or default_threads()
     estimators = [FARNEBACK, *(name for name in registry.available(ESTIMATORS) if name != TFLITE)]
     bundled = sorted({info.name for info in list_models()})
     specs: list[MethodSpec] = []

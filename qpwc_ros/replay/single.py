@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpwc_core.machine import available_cores
+from qpwc_core.machine import default_threads
 from qpwc_core.runtime.models import AUTO_REFINE, DEFAULT_PRECISION
 from qpwc_ros.replay import evaluate, methods, pictures, report
 from qpwc_ros.replay.bag import Bag
@@ -185,7 +185,7 @@ def _offline(options: Options, bag: Bag, writer: ResultsWriter, directory: Path,
 
     threads = options.threads or 0
     if options.compare and not threads:
-        threads = min(2, available_cores())  # the same for all, so that their times compare
+        threads = default_threads()  # the same for all, so that their times compare
     specs = [methods.subject(options.estimator, options.model, options.precision, threads, options.refine)]
     if options.compare:
         specs += methods.parse_comparison(options.compare, threads)
