@@ -38,7 +38,6 @@ setup(
         files("launch", "*.launch.py"),
         files("config", "*"),
         files("models", "*.tflite", "*.md"),
-        files("models/heads", "*.tflite", "*.md"),
     ],
     zip_safe=False,
     python_requires=">=3.10",

@@ -33,6 +33,20 @@ def test_translation_moves_the_whole_frame(motion, t):
     assert psnr(middle, expected) > 28 > psnr(cv2.addWeighted(prev, 0.5, next, 0.5, 0), expected)
 
 
+def test_detail_survives_a_motion_by_half_a_pixel():
+    fine = texture(2 * HEIGHT, 2 * WIDTH + 2, smoothness=2)
+
+    def seen(shift):
+        """The fine picture moved by `shift` of its pixels, of which the camera sees two as one."""
+        return cv2.resize(fine[:, 2 - shift : 2 - shift + 2 * WIDTH], (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
+
+    prev, truth, next = seen(0), seen(1), seen(2)
+    forward = constant_flow(HEIGHT, WIDTH, 1, 0)
+    middle = synthesize(prev, next, forward, -forward, 0.5)
+    bilinear = cv2.addWeighted(warp_image(prev, -forward / 2), 0.5, warp_image(next, forward / 2), 0.5, 0)
+    assert psnr(middle[:, 2:-2], truth[:, 2:-2]) > psnr(bilinear[:, 2:-2], truth[:, 2:-2]) + 3
+
+
 def test_brightness_changes_evenly():
     dark, bright = np.full((HEIGHT, WIDTH, 3), 40, np.uint8), np.full((HEIGHT, WIDTH, 3), 140, np.uint8)
     for t in (0.2, 0.5, 0.8):

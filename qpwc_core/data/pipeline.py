@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
 import signal
 import threading
 from pathlib import Path
-from typing import Callable, Iterator, Mapping
+from typing import Iterator, Mapping
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from qpwc_core.data.textures import TextureBank, load_bank, procedural_bank
 from qpwc_core.errors import QpwcError
 
 Batch = dict[str, np.ndarray]
-
-Make = Callable[[int], Iterator[Batch]]
-"""Endless batches from a seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +174,10 @@ def prepare_worker() -> None:
     cv2.setNumThreads(1)
 
 
-def _work(make: Make, seed: int, output: multiprocessing.connection.Connection) -> None:
+def _work(config: PipelineConfig, seed: int, output: multiprocessing.connection.Connection) -> None:
     prepare_worker()
     try:
-        for batch in make(seed):
+        for batch in batches(config, seed):
             output.send(batch)
     except BrokenPipeError:
         return  # the parent is gone
@@ -191,18 +187,9 @@ def _work(make: Make, seed: int, output: multiprocessing.connection.Connection) 
 
 @contextlib.contextmanager
 def worker_batches(config: PipelineConfig, seed: int, workers: int) -> Iterator[Iterator[Batch]]:
-    """:func:`batches` from worker processes, as :func:`in_processes` has it."""
-    with in_processes(functools.partial(batches, config), seed, workers) as stream:
-        yield stream
-
-
-@contextlib.contextmanager
-def in_processes(make: Make, seed: int, workers: int) -> Iterator[Iterator[Batch]]:
     """Batches from worker processes, for a ``with`` statement; the processes end with it.
 
     Args:
-        make: seed → endless batches; picklable.
-        seed: of the first worker, see :func:`worker_seed`.
         workers: number of processes; 0 makes batches in the calling process.
 
     Raises (from the iterator):
@@ -210,7 +197,7 @@ def in_processes(make: Make, seed: int, workers: int) -> Iterator[Iterator[Batch
         ChildProcessError: a worker died.
     """
     if workers == 0:
-        yield make(seed)
+        yield batches(config, seed)
         return
     # Not fork: the parent runs TensorFlow's or JAX's threads.
     context = multiprocessing.get_context("spawn")
@@ -237,7 +224,7 @@ def in_processes(make: Make, seed: int, workers: int) -> Iterator[Iterator[Batch
     try:
         for index in range(workers):
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(make, worker_seed(seed, index), sending), daemon=True)
+            process = context.Process(target=_work, args=(config, worker_seed(seed, index), sending), daemon=True)
             processes[receiving] = process
             process.start()
             # The worker's is then the only writing end, so that its death is seen.

@@ -35,7 +35,6 @@ class VideoConfig:
     Attributes:
         height, width, batch: the crops.
         steps: smallest and largest distance, in frames, between neighbours of a triplet.
-        share: of the triplets that are used, drawn at random. Less of them from more of a video vary more.
         crops: crops taken from each triplet, since decoding costs more than cropping.
         pool: batches' worth of crops that are held and drawn from, so that neighbours in the video do not
             meet in a batch.
@@ -48,7 +47,6 @@ class VideoConfig:
     width: int = 256
     batch: int = 8
     steps: tuple[int, int] = (1, 2)
-    share: float = 1.0
     crops: int = 2
     pool: int = 8
     still: float = 3.0
@@ -89,8 +87,6 @@ def video_triplets(path: Path, config: VideoConfig, rng: np.random.Generator) ->
             window.append((frame, cell_means(frame)))
             step = int(rng.integers(config.steps[0], config.steps[1] + 1))
             recent = list(window)[-(2 * step + 1) :]
-            if rng.random() >= config.share:
-                continue
             if len(recent) == 2 * step + 1 and continuous([means for _, means in recent], config):
                 yield recent[0][0], recent[step][0], recent[-1][0]
 

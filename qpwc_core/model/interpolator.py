@@ -11,7 +11,6 @@ from typing import Mapping
 import tensorflow as tf
 import tf_keras as keras
 
-from qpwc_core.model.clipped import ClippedTraining
 from qpwc_core.model.config import NetworkConfig
 from qpwc_core.model.layers import bilinear_warp, normalize, pixel_grid
 from qpwc_core.model.network import feature_layers, full_flow
@@ -87,17 +86,20 @@ def middle_pyramid(
     return images
 
 
-class Interpolator(ClippedTraining):
+class Interpolator(keras.Model):
     """Predicts the middle frame of a pair with a flow network, whose weights are all the weights there are.
 
     Inputs: {"prev", "next"}, uint8 BxHxWx3. Outputs: as :func:`middle_pyramid`, for normalized images.
 
     Args:
         network: what ``build_network`` returns for ``config``.
+        clip_norm: gradients are scaled so that their global norm stays below this.
     """
 
-    def __init__(self, network: keras.Model, config: NetworkConfig, **kwargs):
-        super().__init__(network, **kwargs)
+    def __init__(self, network: keras.Model, config: NetworkConfig, *, clip_norm: float = 5.0, **kwargs):
+        super().__init__(**kwargs)
+        self.network = network
+        self.clip_norm = clip_norm
         # The two halves of the network, sharing its layers: both directions match the same features, so each
         # frame needs to be encoded only once.
         features = feature_layers(config)
@@ -121,3 +123,16 @@ class Interpolator(ClippedTraining):
     def call(self, inputs, training=False):
         prev, next_ = normalize(inputs["prev"]), normalize(inputs["next"])
         return middle_pyramid(prev, next_, *self.flows(prev, next_))
+
+    def train_step(self, data):
+        """Keras' own step, but with clipped gradients; one that is not finite counts as zero."""
+        inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+        variables = self.network.trainable_variables
+        with tf.GradientTape() as tape:
+            images = self(inputs, training=True)
+            loss = self.compute_loss(inputs, targets, images)
+        gradients, norm = tf.clip_by_global_norm(tape.gradient(loss, variables), self.clip_norm)
+        finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+        gradients = [tf.where(finite, gradient, tf.zeros_like(gradient)) for gradient in gradients]
+        self.optimizer.apply_gradients(zip(gradients, variables))
+        return self.compute_metrics(inputs, targets, images, None)

@@ -308,13 +308,6 @@ class UpsampleFeatures(keras.layers.Layer):
         return resize_bilinear(features, 2 * features.shape[1], 2 * features.shape[2])
 
 
-class Spread(keras.layers.Layer):
-    """Twice the size: the four numbers that each cell has for each channel become two by two cells."""
-
-    def call(self, features: Tensor) -> Tensor:
-        return tf.nn.depth_to_space(features, 2)
-
-
 class UpsampleFlow(keras.layers.Layer):
     """Takes a flow of level l to level l - 1: twice the size, twice the vectors."""
 

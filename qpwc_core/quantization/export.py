@@ -30,7 +30,7 @@ def _matcher(network: keras.Model, inputs: list[str], finest: str) -> keras.Mode
     return keras.Model({name: network.get_layer(name).output for name in inputs}, network.output[finest])
 
 
-def convert(
+def _convert(
     module: tf.Module, function, signature: str, quantized: bool, input_type, output_type, prepare: Prepare | None
 ) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
@@ -95,8 +95,8 @@ def _signatures(
         **{name: tf.TensorSpec(shapes[name], tf.float32, name=name) for name in inputs}
     )
     return [
-        convert(module, encode, names["encode"], quantized, tf.uint8, tf.int8, prepare),
-        convert(module, match_signature, names["match"], quantized, tf.int8, tf.float32, prepare),
+        _convert(module, encode, names["encode"], quantized, tf.uint8, tf.int8, prepare),
+        _convert(module, match_signature, names["match"], quantized, tf.int8, tf.float32, prepare),
     ]
 
 

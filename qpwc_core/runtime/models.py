@@ -29,8 +29,6 @@ REFINE_CHOICES: Mapping[str, bool | None] = {AUTO_REFINE: None, "always": True, 
 # The accurate model where it is installed, else the fast one.
 _DEFAULT_MODELS = ("qpwc", "qpwc_fast")
 _SHARED_MODELS = Path("share") / "qpwc_ros" / "models"
-# Apart from the flow networks, of which every .tflite file beside them is one.
-_HEADS = "heads"
 
 
 @dataclass(frozen=True)
@@ -190,20 +188,6 @@ def find_model(name_or_path: str | os.PathLike[str], precision: str = DEFAULT_PR
         available = ", ".join(sorted(found)) or "none"
         raise ModelError(f"no bundled model {wanted!r} (bundled: {available}); a path must end in .tflite")
     return found[wanted]
-
-
-def find_head(precision: str = DEFAULT_PRECISION) -> Path:
-    """The file of the bundled synthesis head: "int8" or "float32", or "auto" for the int8 one.
-
-    Raises:
-      ModelError: There is none.
-    """
-    wanted = DEFAULT_PRECISION if precision == AUTO_PRECISION else precision
-    for directory in model_directories():
-        path = directory / _HEADS / f"synthesis_{wanted}.tflite"
-        if path.is_file():
-            return path
-    raise ModelError(f"no bundled synthesis head of precision {wanted!r}")
 
 
 def default_model() -> str:

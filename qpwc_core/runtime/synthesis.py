@@ -6,14 +6,11 @@ known where it *is*; a flow at t that is merely scaled in place would bend at ev
 several surfaces land, those whose forward and backward flow agree outweigh the rest: a surface about to
 be covered cannot confirm its flow, the one covering it can. The same agreement says which frame still
 shows what is seen at t. Motion found nearby replaces a pixel's own where the two frames then agree better, which
-moves the boundaries of a coarse flow to where the images have them. That is the plan; a synthesis head
-(`synthesis_head`) may correct it; then the two frames, warped to t, are blended accordingly.
+moves the boundaries of a coarse flow to where the images have them. The two frames, warped to t, are blended
+accordingly.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -44,33 +41,6 @@ _LEAST_GAIN = 0.5
 _DOUBT_ALONE = 3.0
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Where the pixels of the frame at time `t` come from, on a grid over the image with half as many cells a side.
-
-    Attributes:
-      t: The time, in (0, 1).
-      velocity_prev, velocity_next: float32 (h, w, 2), cells that what is seen there moves from time 0 to time 1;
-        the one to look it up in the previous frame with, the other in the next.
-      weight: float32 (h, w), in [0, 1], of the previous frame's colour; the rest is the next frame's.
-    """
-
-    t: float
-    velocity_prev: np.ndarray
-    velocity_next: np.ndarray
-    weight: np.ndarray
-
-    @property
-    def to_prev(self) -> np.ndarray:
-        """float32 (h, w, 2), from the frame at `t` to the previous one, in cells."""
-        return self.velocity_prev * np.float32(-self.t)
-
-    @property
-    def to_next(self) -> np.ndarray:
-        """float32 (h, w, 2), from the frame at `t` to the next one, in cells."""
-        return self.velocity_next * np.float32(1 - self.t)
-
-
 def check_time(t: float) -> None:
     """Raises ValueError unless 0 < t < 1 (NaN is neither)."""
     if not 0 < t < 1:
@@ -78,12 +48,7 @@ def check_time(t: float) -> None:
 
 
 def synthesize(
-    prev: np.ndarray,
-    next: np.ndarray,
-    forward: np.ndarray,
-    backward: np.ndarray,
-    t: float,
-    head: Callable[[np.ndarray, np.ndarray, Plan], Plan] | None = None,
+    prev: np.ndarray, next: np.ndarray, forward: np.ndarray, backward: np.ndarray, t: float
 ) -> np.ndarray:
     """The frame at time `t` between `prev` (time 0) and `next` (time 1).
 
@@ -92,27 +57,27 @@ def synthesize(
       forward: float32 (H, W, 2), pixels, prev → next.
       backward: float32 (H, W, 2), pixels, next → prev.
       t: Time in (0, 1).
-      head: Corrects the plan, seeing both frames: a `SynthesisHead`.
 
     Returns:
-      uint8 (H, W, 3). Without a head equal to both frames where they are equal and nothing moves.
+      uint8 (H, W, 3). Equal to both frames where they are equal and nothing moves.
 
     Raises:
       ValueError: Shapes or dtypes do not fit each other, or `t` is out of range.
     """
     check_time(t)
     _check_arrays(prev, next, forward, backward)
-    plan = plan_frame(prev, next, forward, backward, t)
-    return render(prev, next, plan if head is None else head(prev, next, plan))
+    motion, share_of_prev = _carried(forward, backward, t)
+    greys = (_grey(image, share_of_prev.shape) for image in (prev, next))
+    motion = _from_nearby(*greys, motion, share_of_prev, t)
 
-
-def render(prev: np.ndarray, next: np.ndarray, plan: Plan) -> np.ndarray:
-    """The frame that a plan says: uint8 (H, W, 3), like `prev` and `next`."""
     height, width = prev.shape[:2]
-    from_prev = warp_image(prev, resize_flow(plan.to_prev, height, width))
-    from_next = warp_image(next, resize_flow(plan.to_next, height, width))
-    weight = cv2.resize(plan.weight, (width, height), interpolation=cv2.INTER_LINEAR)
-    return cv2.blendLinear(from_prev, from_next, weight, 1 - weight)
+    share_of_prev = cv2.resize(share_of_prev, (width, height), interpolation=cv2.INTER_LINEAR)
+    motion = resize_flow(motion, height, width)
+    from_prev = warp_image(prev, motion * np.float32(-t), cubic=True)
+    from_next = warp_image(next, motion * np.float32(1 - t), cubic=True)
+    weight_prev = (share_of_prev + np.float32(_LEAST_VISIBILITY)) * np.float32(1 - t)
+    weight_next = (np.float32(1 + _LEAST_VISIBILITY) - share_of_prev) * np.float32(t)
+    return cv2.blendLinear(from_prev, from_next, weight_prev, weight_next)
 
 
 def _check_arrays(prev: np.ndarray, next: np.ndarray, forward: np.ndarray, backward: np.ndarray) -> None:
@@ -128,59 +93,11 @@ def _check_arrays(prev: np.ndarray, next: np.ndarray, forward: np.ndarray, backw
         raise ValueError(f"prev, next, forward and backward differ in size: {sorted(sizes)}")
 
 
-def plan_frame(
-    prev: np.ndarray, next: np.ndarray, forward: np.ndarray, backward: np.ndarray, t: float
-) -> Plan:
-    """What each pixel of the frame at time `t` is doing, and who shows it. Arguments as `synthesize`'s."""
-    velocity, share_of_prev = _carried(forward, backward, t)
-    greys = (cv2.cvtColor(grid_image(image, share_of_prev.shape), cv2.COLOR_RGB2GRAY) for image in (prev, next))
-    velocity = _from_nearby(*greys, velocity, share_of_prev, t)
-    weight_prev = (share_of_prev + np.float32(_LEAST_VISIBILITY)) * np.float32(1 - t)
-    weight_next = (np.float32(1 + _LEAST_VISIBILITY) - share_of_prev) * np.float32(t)
-    return Plan(t, velocity, velocity, weight_prev / (weight_prev + weight_next))
-
-
-def grid_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A frame, uint8 (H, W, 3), at the size (h, w) of a plan's grid."""
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-
-
-def _from_nearby(
-    prev: np.ndarray, next: np.ndarray, velocity: np.ndarray, share_of_prev: np.ndarray, t: float
-) -> np.ndarray:
-    """Velocity with that of another cell wherever it brings the two frames, grey (h, w), to agree better at `t`.
-
-    (Propagation as in PatchMatch, Barnes et al., "PatchMatch: A Randomized Correspondence Algorithm for Structural
-    Image Editing", SIGGRAPH 2009, without its random search.)
-    """
-    to_prev, to_next = np.float32(-t), np.float32(1 - t)
-
-    def disagreement(candidate: np.ndarray) -> np.ndarray:
-        """float32 (h, w), grey levels."""
-        apart = cv2.absdiff(warp_image(prev, candidate * to_prev), warp_image(next, candidate * to_next))
-        return cv2.GaussianBlur(apart.astype(np.float32), (0, 0), _SURROUNDINGS)
-
-    height, width = velocity.shape[:2]
-    doubt = 1 + np.float32(_DOUBT_ALONE) * np.abs(2 * share_of_prev - 1)
-    least = disagreement(velocity)
-    for reach in _REACHES:
-        bordered = cv2.copyMakeBorder(velocity, reach, reach, reach, reach, cv2.BORDER_REPLICATE)
-        found = velocity.copy()
-        for x, y in ((0, reach), (2 * reach, reach), (reach, 0), (reach, 2 * reach)):
-            candidate = np.ascontiguousarray(bordered[y : y + height, x : x + width])
-            cost = disagreement(candidate)
-            better = (cost * doubt + np.float32(_LEAST_GAIN) < least).view(np.uint8)
-            cv2.copyTo(cost, better, least)
-            cv2.copyTo(candidate, better, found)
-        velocity = found
-    return velocity
-
-
 def _carried(forward: np.ndarray, backward: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
     """What the flow alone says, carried to time `t`.
 
     Returns:
-      velocity: float32 (h, w, 2), cells that what is seen there moves from time 0 to time 1.
+      motion: float32 (h, w, 2), cells that what is seen there moves from time 0 to time 1.
       share_of_prev: float32 (h, w), 1 where `prev` alone shows it, 0 where `next` alone does, 0.5 where both do or
         nothing is known.
     """
@@ -213,6 +130,49 @@ def _carried(forward: np.ndarray, backward: np.ndarray, t: float) -> tuple[np.nd
     share = in_prev / (in_prev + in_next + np.finfo(np.float32).tiny)
     share[in_prev + in_next == 0] = 0.5
     return motion, share
+
+
+def _grey(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, 3) → grey uint8 of `size` (h, w)."""
+    return cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _from_nearby(
+    prev: np.ndarray, next: np.ndarray, motion: np.ndarray, share_of_prev: np.ndarray, t: float
+) -> np.ndarray:
+    """Motion, with that of a cell nearby wherever it brings the two frames to agree better at `t`.
+
+    (Propagation as in PatchMatch, Barnes et al., "PatchMatch: A Randomized Correspondence Algorithm for Structural
+    Image Editing", SIGGRAPH 2009, without its random search.)
+
+    Args:
+      prev, next: uint8 (h, w), grey, of the grid's size.
+      motion, share_of_prev: As `_carried` gives them.
+
+    Returns:
+      float32 (h, w, 2), cells.
+    """
+    to_prev, to_next = np.float32(-t), np.float32(1 - t)
+
+    def disagreement(candidate: np.ndarray) -> np.ndarray:
+        """float32 (h, w), grey levels."""
+        apart = cv2.absdiff(warp_image(prev, candidate * to_prev), warp_image(next, candidate * to_next))
+        return cv2.GaussianBlur(apart.astype(np.float32), (0, 0), _SURROUNDINGS)
+
+    height, width = motion.shape[:2]
+    doubt = 1 + np.float32(_DOUBT_ALONE) * np.abs(2 * share_of_prev - 1)
+    least = disagreement(motion)
+    for reach in _REACHES:
+        bordered = cv2.copyMakeBorder(motion, reach, reach, reach, reach, cv2.BORDER_REPLICATE)
+        result = motion.copy()
+        for x, y in ((0, reach), (2 * reach, reach), (reach, 0), (reach, 2 * reach)):
+            candidate = np.ascontiguousarray(bordered[y : y + height, x : x + width])
+            cost = disagreement(candidate)
+            better = (cost * doubt + np.float32(_LEAST_GAIN) < least).view(np.uint8)
+            cv2.copyTo(cost, better, least)
+            cv2.copyTo(candidate, better, result)
+        motion = result
+    return motion
 
 
 def _landing_cell(flow: np.ndarray, time: float) -> np.ndarray:

@@ -91,16 +91,10 @@ class PreTrainConfig:
         return VideoConfig(height=self.height, width=self.width, batch=self.batch)
 
 
-def charbonnier(difference: tf.Tensor) -> tf.Tensor:
-    """(d^2 + e^2)^(1/2) of each difference d, of normalized images.
+def photometric_loss(middle: tf.Tensor, predicted: tf.Tensor) -> tf.Tensor:
+    """Charbonnier difference (d^2 + e^2)^(1/2) of a predicted level and the middle frame.
 
     (Charbonnier et al., "Two Deterministic Half-Quadratic Regularization Algorithms", ICIP 1994.)
-    """
-    return tf.sqrt(tf.square(difference) + _CHARBONNIER_EPSILON**2)
-
-
-def photometric_loss(middle: tf.Tensor, predicted: tf.Tensor) -> tf.Tensor:
-    """:func:`charbonnier` difference of a predicted level and the middle frame.
 
     Args:
         middle: 0..255, BxHxWx3.
@@ -111,7 +105,8 @@ def photometric_loss(middle: tf.Tensor, predicted: tf.Tensor) -> tf.Tensor:
         Scalar, in units of normalized images (1 is 128 grey levels).
     """
     level = (middle.shape[1] // predicted.shape[1]).bit_length() - 1
-    error = charbonnier(predicted[..., :3] - downscale(normalize(middle), level))
+    difference = predicted[..., :3] - downscale(normalize(middle), level)
+    error = tf.sqrt(tf.square(difference) + _CHARBONNIER_EPSILON**2)
     return masked_mean(tf.reduce_mean(error, axis=-1, keepdims=True), predicted[..., 3:])
 
 
@@ -177,8 +172,7 @@ def read_config(directory: Path) -> tuple[PreTrainConfig, NetworkConfig]:
         raise ValueError(f"{path}: not the config of a pretraining run ({error})") from error
 
 
-def epochs_done(history: Path) -> int:
-    """Epochs that a ``history.csv`` of Keras has; 0 if there is none."""
+def _epochs_done(history: Path) -> int:
     if not history.exists():
         return 0
     with history.open() as file:
@@ -210,7 +204,7 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
     )
     interpolator.optimizer.build(network.trainable_variables)
     history = directory / "history.csv"
-    done = epochs_done(history)
+    done = _epochs_done(history)
     shape = (config.batch, config.height, config.width, 3)
     signature = {name: tf.TensorSpec(shape, tf.uint8) for name in ("prev", "middle", "next")}
 
