@@ -119,12 +119,15 @@ CLASSICAL: dict[str, Callable[[], Estimate]] = {
 """What needs no model, by name; "zero" predicts that nothing moves."""
 
 
-def make_methods(names: Iterable[str]) -> dict[str, Estimate]:
+def make_methods(
+    names: Iterable[str], *, refine: bool | None = None, enlarge: float | None = None
+) -> dict[str, Estimate]:
     """Estimators by name.
 
     Args:
       names: Names in `CLASSICAL`; paths of .tflite files; a bundled model's name, which stands for each
         precision it is bundled in, or NAME:int8, NAME:float32.
+      refine, enlarge: Of the networks, as in `FlowEstimator.load`.
 
     Raises:
       ModelError: There is no such model, or it is damaged.
@@ -134,10 +137,12 @@ def make_methods(names: Iterable[str]) -> dict[str, Estimate]:
         if name in CLASSICAL:
             methods[name] = CLASSICAL[name]()
         elif name.endswith(".tflite"):
-            methods[name] = FlowEstimator.load(name)
+            methods[name] = FlowEstimator.load(name, refine=refine, enlarge=enlarge)
         else:
             for model, precision in _bundled(name):
-                methods[f"{model}:{precision}"] = FlowEstimator.load(model, precision=precision)
+                methods[f"{model}:{precision}"] = FlowEstimator.load(
+                    model, precision=precision, refine=refine, enlarge=enlarge
+                )
     return methods
 
 

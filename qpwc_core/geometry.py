@@ -6,6 +6,7 @@ All resizing uses half-pixel centres: pixel i of n covers [i, i + 1) of the side
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,32 +93,41 @@ def warp_image(image: np.ndarray, flow: np.ndarray, *, cubic: bool = False) -> n
 
 
 def choose_size(
-    height: int, width: int, sizes: Iterable[tuple[int, int]], enlarge: float = 1.0
+    height: int,
+    width: int,
+    sizes: Iterable[tuple[int, int]],
+    enlarge: float = 1.0,
+    budget: float = math.inf,
 ) -> tuple[int, int]:
     """Which of a network's input sizes an image is given to.
 
-    The image's size times `enlarge`, if that is among them. Else the smallest in area of those that keep the
-    resolution: of all the scales at which the image just fits, those down to 5 % below the largest count, and
-    beyond `enlarge` all are alike. So a smaller input is taken where it spares padding or enlarged pixels, but not
-    to be faster at the cost of detail.
+    An image gains from being enlarged, up to `enlarge`, as long as that stays within the budget; beyond either,
+    nothing but its own size is wanted. Of the inputs that come closest to it the smallest in area is taken, where
+    scales up to 5 % below the best one count as equal. So a smaller input is taken where it spares padding, but not to
+    be faster at the cost of detail.
 
     Args:
       height, width: The image, in pixels.
       sizes: (height, width) of the inputs, in pixels; at least one.
       enlarge: The scale that is large enough, 1 or more.
+      budget: Pixels of the largest input that an image may be enlarged for.
 
     Returns:
       One of `sizes`; of several that are as good, the one that the image fills best, then the first.
     """
     sizes = list(sizes)
-    wanted = (round(height * enlarge), round(width * enlarge))
-    if wanted in sizes:
-        return wanted
 
     def scale(size: tuple[int, int]) -> float:
         return min(size[0] / height, size[1] / width)
 
-    kept = min(enlarge, max(map(scale, sizes))) * (1 - _SCALE_TOLERANCE)
+    def useful(size: tuple[int, int]) -> float:
+        return min(scale(size), enlarge if size[0] * size[1] <= budget else 1)
+
+    best = max(map(useful, sizes))
+    exact = (round(height * best), round(width * best))
+    if exact in sizes:
+        return exact
+    kept = best * (1 - _SCALE_TOLERANCE)
     return min((size for size in sizes if scale(size) >= kept), key=lambda size: (size[0] * size[1], -scale(size)))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
+from qpwc_ros.faults import printable
 from qpwc_ros.pipeline import PROBLEMS
 from qpwc_ros.statistics import Statistics
 
@@ -35,7 +36,7 @@ def figures(statistics: Statistics) -> dict[str, str]:
 
 def status(name: str, hardware_id: str, level: str, message: str, values: dict[str, str]) -> Any:
     """A DiagnosticStatus; `level` is "ok", "warn" or "error"."""
-    pairs = [KeyValue(key=key, value=value) for key, value in values.items()]
+    pairs = [KeyValue(key=printable(key), value=printable(value)) for key, value in values.items()]
     return DiagnosticStatus(
-        level=LEVELS[level], name=name, message=message, hardware_id=hardware_id, values=pairs
+        level=LEVELS[level], name=name, message=printable(message), hardware_id=hardware_id, values=pairs
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from qpwc_ros.faults import let_ctrl_c_pass, one_line
 from qpwc_ros.plugins.base import Estimator
 
 
@@ -148,7 +149,8 @@ class FramePair:
         start = time.monotonic()
         try:
             flow = self._estimator.match(first.features(self._estimator), second.features(self._estimator))
-        except Exception as error:
+        except BaseException as error:
+            let_ctrl_c_pass(error)
             raise EstimatorFailure(one_line(error)) from error
         finally:
             self.infer_seconds += time.monotonic() - start
@@ -159,9 +161,3 @@ class FramePair:
             what = f"{flow.dtype} {flow.shape}" if isinstance(flow, np.ndarray) else type(flow).__name__
             raise EstimatorFailure(f"the estimator returned {what} instead of float32 {expected}")
         return flow
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one line of text."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -9,7 +9,8 @@ from typing import Any
 
 from qpwc_ros.camera_info import described_size, for_size
 from qpwc_ros.codec import ImageError, decode_compressed, decode_image
-from qpwc_ros.frames import Abandoned, EstimatorFailure, Frame, FramePair, PairingRule, Verdict, one_line
+from qpwc_ros.faults import description, let_ctrl_c_pass, one_line
+from qpwc_ros.frames import Abandoned, EstimatorFailure, Frame, FramePair, PairingRule, Verdict
 from qpwc_ros.plugins.base import Estimator, Output
 from qpwc_ros.rectification import RectificationError, Rectifier, calibration_key
 from qpwc_ros.statistics import Statistics
@@ -94,12 +95,22 @@ class Pipeline:
         """Whether the camera's calibration will be used, by an output or to rectify."""
         return self._parameter("rectify") or self._output_wants_camera_info()
 
-    def describe_outputs(self) -> dict[str, str]:
-        """What the outputs want diagnostics to say about them."""
-        out: dict[str, str] = {}
-        for name, output in self.enabled_outputs():
-            out.update(self._ask(name, output.describe, {}))
-        return out
+    def describe_plugins(self) -> dict[str, str]:
+        """What estimator and outputs want diagnostics to say about them; `undescribed` has those that failed to.
+
+        An output that cannot speak for itself may well publish, so it is not disabled.
+        """
+        values: dict[str, str] = {}
+        failures = []
+        estimator = self.estimator
+        plugins = [("estimator", estimator)] if estimator is not None else []
+        plugins += [(f"output {name}", output) for name, output in self.enabled_outputs()]
+        for name, plugin in plugins:
+            found, failure = description(plugin)
+            values.update(found)
+            if failure:
+                failures.append(f"{name} ({failure})")
+        return {**values, "undescribed": "; ".join(failures)}
 
     def _output_wants_camera_info(self) -> bool:
         return any(
@@ -110,7 +121,8 @@ class Pipeline:
         """Work on one message. Never raises: what goes wrong is reported, and the next message is welcome."""
         try:
             self._process(arrival)
-        except Exception as error:  # our own mistake must not end the worker
+        except BaseException as error:  # our own mistake must not end the worker
+            let_ctrl_c_pass(error)
             self._report("internal_errors", one_line(error))
         finally:
             self.statistics.count("processed")
@@ -175,7 +187,8 @@ class Pipeline:
             except EstimatorFailure as error:
                 self._report("estimator_failures", str(error))
                 return
-            except Exception as error:  # a plugin's mistake is its own
+            except BaseException as error:  # a plugin's mistake is its own
+                let_ctrl_c_pass(error)
                 self._disable(name, output, error)
         end = time.monotonic()
         self.statistics.time("infer", pair.infer_seconds)
@@ -226,11 +239,12 @@ class Pipeline:
     def _ask(self, name: str, question: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return question()
-        except Exception as error:
+        except BaseException as error:
+            let_ctrl_c_pass(error)
             self._disable(name, getattr(question, "__self__", None), error)
             return otherwise
 
-    def _disable(self, name: str, output: Any, error: Exception) -> None:
+    def _disable(self, name: str, output: Any, error: BaseException) -> None:
         if self.outputs.get(name) is not output:
             return  # it was closed meanwhile, which is why it raised
         self.disabled[name] = one_line(error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +13,25 @@ class LatestWorker:
     """Calls `work(item)` in its own thread for the newest item offered.
 
     There is no queue: an item that is still waiting when the next one comes is replaced by it, so the delay
-    is bounded by the item being worked on. `work` must not raise.
+    is bounded by the item being worked on.
 
     Args:
-        work: called with one item at a time.
+        work: called with one item at a time. It should not raise; if it does, the thread goes on.
         name: of the thread.
+        failed: called in that thread with whatever `work` raised, SystemExit included.
     """
 
-    def __init__(self, work: Callable[[Any], None], name: str = "worker"):
+    def __init__(
+        self,
+        work: Callable[[Any], None],
+        name: str = "worker",
+        failed: Callable[[BaseException], None] = lambda error: None,
+    ):
         self._work = work
         self._name = name
+        self._failed = failed
+        #: time.monotonic() at which the work on the present item began; None while there is none.
+        self._began: float | None = None
         self._condition = threading.Condition()
         self._item: Any = None
         self._running = False
@@ -58,6 +69,11 @@ class LatestWorker:
             waited, self._item = self._item is not None, None
         return waited
 
+    def busy_for(self) -> float:
+        """Seconds since the work on the present item began; 0 if there is none."""
+        began = self._began  # once: the thread may set it to None meanwhile
+        return 0.0 if began is None else time.monotonic() - began
+
     def stop(self, timeout: float | None = None) -> bool:
         """Forget what waits, let the current item finish, end the thread.
 
@@ -87,4 +103,11 @@ class LatestWorker:
                 if self._turn != turn:
                     return
                 item, self._item = self._item, None
-            self._work(item)
+            self._began = time.monotonic()
+            try:
+                self._work(item)
+            except BaseException as error:  # if the thread ended here, nothing would be worked on any more
+                with contextlib.suppress(BaseException):
+                    self._failed(error)
+            finally:
+                self._began = None

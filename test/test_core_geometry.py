@@ -137,6 +137,24 @@ def test_an_enlarged_image_gets_the_input_that_holds_it(image, enlarge, chosen):
     assert choose_size(*image, SIZES, enlarge) == choose_size(*image, SIZES[::-1], enlarge) == chosen
 
 
+@pytest.mark.parametrize(
+    "image, enlarge, chosen",
+    [
+        ((384, 512), 2.0, (480, 640)),
+        ((240, 320), 2.0, (480, 640)),
+        ((240, 320), 1.3, (384, 512)),  # the smallest that makes it a third larger
+        ((180, 320), 2.0, (352, 640)),
+        ((480, 640), 2.0, (480, 640)),  # to (544, 960) would be beyond the budget
+        ((540, 960), 2.0, (544, 960)),  # its own size is wanted, budget or not
+        ((187, 620), 2.0, (352, 640)),
+    ],
+)
+def test_an_image_is_enlarged_within_the_budget_only(image, enlarge, chosen):
+    sizes = [*SIZES, (544, 960)]
+    assert choose_size(*image, sizes, enlarge, budget=480 * 640) == chosen
+    assert choose_size(*image, sizes[::-1], enlarge, budget=480 * 640) == chosen
+
+
 def test_of_inputs_of_one_area_the_image_fills_the_other_less():
     assert choose_size(128, 64, [(256, 320), (320, 256)]) == (320, 256)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +154,33 @@ def test_calls_are_answered_during_an_inference(client, flow, scene, example_plu
         during_an_inference(sent[12])
         assert node.end()[0] == 0
         assert "Traceback" not in node.log
+
+
+def test_an_estimator_that_hangs_is_warned_of(client, flow, scene, example_plugin, tmp_path):
+    gate, reached = tmp_path / "gate", tmp_path / "gate.reached"
+    publisher, sent = client._publishers["/image"], frames(scene, 200)
+    options = {"estimator": "held", "held_gate": gate, "outputs": ["flow"], "max_interval": 60}
+    with NodeProcess(tmp_path, env=example_plugin, **options) as node:
+        client.await_ready("/image", "flow")
+        client.play_in_step("/image", sent[:3], [flow])
+        assert client.dump()["level"] == "ok"
+        gate.touch()
+        asked, rest = time.monotonic(), iter(sent[4:])
+        publisher.publish(sent[3])
+        wait_until(reached.exists, 30, "the inference to begin")
+
+        # Images go on coming: it is not their absence that is warned of.
+        def warned():
+            publisher.publish(next(rest))
+            time.sleep(0.1)
+            return client.dump()["level"] == "warn"
+
+        wait_until(warned, 15, "a warning")
+        assert time.monotonic() - asked > 3.0
+        values = client.diagnostics()
+        assert values["level"] == 1 and values["pairs"] == "2" and int(values["dropped"]) > 5
+        assert values["message"].startswith("still at work on one image after")
+        gate.unlink()
+        wait_until(lambda: client.dump()["message"].endswith("pairs/s"), 30, "all well again")
+        assert client.dump()["level"] == "ok" and len(flow) >= 3
+        assert node.end()[0] == 0 and "Traceback" not in node.log

@@ -255,6 +255,27 @@ def test_lifecycle(client, tmp_path):
         assert flow_error(flow[-1], scene) < 0.3
 
 
+@pytest.mark.parametrize("state", ["unconfigured", "inactive", "active"])
+def test_shutdown_frees_everything_for_good(client, tmp_path, state):
+    flow = client.listen("/flow/flow", Image)
+    client.publisher("/image", Image)
+    with NodeProcess(tmp_path, autostart=False) as node:
+        if state != "unconfigured":
+            assert client.change("configure")
+        if state == "active":
+            assert client.change("activate")
+            client.await_ready("/image", "flow")
+            client.play_in_step("/image", frames(MovingTexture(), 2), [flow])
+        assert client.state() == state
+        assert client.change(f"{state} shutdown") and client.state() == "finalized"
+        client.await_camera_subscription(count=0)
+        wait_until(lambda: not client.node.count_publishers("/flow/flow"), 30, "the output withdrawn")
+        assert not client.change("configure") and client.state() == "finalized"
+        values = client.diagnostics()
+        assert (values["state"], values["level"], values["model"]) == ("finalized", 0, "")
+        assert node.end()[0] == 0 and "Traceback" not in node.log
+
+
 def test_listens_to_the_camera_only_while_somebody_listens(client, tmp_path):
     scene = MovingTexture()
     publisher = client.publisher("/image", Image)

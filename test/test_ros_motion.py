@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -90,3 +94,94 @@ def test_unknown_flow_does_not_move_and_does_not_spoil_the_rest():
     flow[10, 10] = np.inf
     (box,) = find_motion(flow, threshold=1.5, min_area=100).boxes
     assert box == Box(57, 55, 70, 40, 70 * 40)
+
+
+class Message:
+    """Stands in for a message of ROS: only its own fields, each of its own type."""
+
+    fields: dict = {}
+
+    def __init__(self, **given):
+        for name, kind in self.fields.items():
+            object.__setattr__(self, name, kind())
+        for name, value in given.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        assert isinstance(value, self.fields[name]), (name, value)
+        object.__setattr__(self, name, value)
+
+
+def message(name, **fields):
+    return type(name, (Message,), {"fields": fields})
+
+
+@pytest.fixture
+def motion_with_boxes(monkeypatch):
+    """The output's module as it is where vision_msgs 4 is installed, with stand-ins for its messages."""
+    pytest.importorskip("sensor_msgs.msg", reason="ROS 2 is not installed")
+    from std_msgs.msg import Header
+
+    point = message("Point2D", x=float, y=float)
+    pose = message("Pose2D", position=point, theta=float)
+    box = message("BoundingBox2D", center=pose, size_x=float, size_y=float)
+    hypothesis = message("ObjectHypothesis", class_id=str, score=float)
+    package, messages = ModuleType("vision_msgs"), ModuleType("vision_msgs.msg")
+    package.msg = messages
+    messages.ObjectHypothesisWithPose = message("ObjectHypothesisWithPose", hypothesis=hypothesis, pose=object)
+    messages.Detection2D = message("Detection2D", header=Header, results=list, bbox=box, id=str)
+    messages.Detection2DArray = message("Detection2DArray", header=Header, detections=list)
+    monkeypatch.setitem(sys.modules, "vision_msgs", package)
+    monkeypatch.setitem(sys.modules, "vision_msgs.msg", messages)
+    # Beside the one that is imported already, perhaps without vision_msgs.
+    where = importlib.util.find_spec("qpwc_ros.plugins.motion")
+    module = importlib.util.module_from_spec(where)
+    where.loader.exec_module(module)
+    return module
+
+
+def test_boxes_are_published_as_detections(motion_with_boxes):
+    published = {}
+
+    class Node:
+        def create_publisher(self, msg_type, topic, *args, **options):
+            def publish(msg):
+                assert isinstance(msg, msg_type)
+                published[topic] = msg
+
+            return SimpleNamespace(publish=publish, get_subscription_count=lambda: 1)
+
+        def get_parameter(self, name):
+            return SimpleNamespace(value={"motion_threshold": 1.5, "motion_min_area": 100}[name])
+
+    output = motion_with_boxes.MotionOutput(Node())
+    assert output.describe() == {"motion_boxes": "", "motion_background": ""}
+    flow = np.zeros((240, 320, 2), np.float32)
+    flow[100:140, 100:140] = (0.0, 6.0)
+    flow[180:200, 200:240] = (-6.0, 0.0)
+    flow[180:190, 200:220] = 0.0  # a corner of it stands still
+    pair = SimpleNamespace(flow=flow, next=SimpleNamespace(stamp=1_500_000_000, frame_id="camera"))
+    output.publish(pair)
+
+    found = published["~/motion/boxes"]
+    large, small = found.detections
+    for header in (found.header, large.header, small.header, published["~/motion"].header):
+        assert (header.stamp.sec, header.stamp.nanosec, header.frame_id) == (1, 500_000_000, "camera")
+    boxes = [
+        (d.bbox.center.position.x, d.bbox.center.position.y, d.bbox.size_x, d.bbox.size_y) for d in (large, small)
+    ]
+    # Pixels 100 to 139 reach from 100 to 140; both are where they have moved to.
+    assert boxes == [(120.0, 126.0, 40.0, 40.0), (214.0, 190.0, 40.0, 20.0)]
+    (whole,), (part,) = large.results, small.results
+    assert (whole.hypothesis.class_id, whole.hypothesis.score) == ("moving", 1.0)
+    assert part.hypothesis.class_id == "moving" and part.hypothesis.score == pytest.approx(600 / 800, abs=0.02)
+    assert output.describe()["motion_boxes"] == "2"
+
+
+def test_without_vision_msgs_diagnostics_say_why_there_are_no_boxes(motion_with_boxes, monkeypatch):
+    monkeypatch.setattr(motion_with_boxes, "Detection2DArray", None)
+    topics = []
+    node = SimpleNamespace(create_publisher=lambda msg_type, topic, *args, **options: topics.append(topic))
+    output = motion_with_boxes.MotionOutput(node)
+    assert topics == ["~/motion"]
+    assert output.describe()["motion_boxes"] == "not published: vision_msgs is not installed"

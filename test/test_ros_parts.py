@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 
 from qpwc_ros.camera_info import described_size, for_size
+from qpwc_ros.faults import description, one_line, printable
 from qpwc_ros.frames import EstimatorFailure, Frame, FramePair, PairingRule, Verdict
 from qpwc_ros.parameters import ParameterSpec
 from qpwc_ros.pipeline import Arrival, Pipeline
 from qpwc_ros.plugins import registry
 from qpwc_ros.plugins.base import Estimator
-from qpwc_ros.plugins.builtin import ENTRY_POINTS, ESTIMATORS
+from qpwc_ros.plugins.builtin import ENTRY_POINTS, ESTIMATORS, OUTPUTS
 from qpwc_ros.plugins.estimators import DisEstimator, TfliteEstimator
 from qpwc_ros.sequence import MOST_PUBLISHERS, SequenceGaps
 from qpwc_ros.share import share_file, use_large_shared_memory
@@ -146,6 +148,107 @@ def test_a_pair_that_fails_or_is_given_up_is_not_the_outputs_fault():
     assert seen == [10, 10, 10]
 
 
+class Wish(BaseException):
+    """Raised by a plugin; like SystemExit it is no Exception."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, GeneratorExit, Wish])
+def test_whatever_a_plugin_raises_is_its_own_fault(error):
+    reports, published = [], []
+    values = {"min_interval": 0.0, "max_interval": 1.0, "frame_step": 1, "max_pixels": 10_000}
+    values["rectify"] = False
+    pipeline = Pipeline(Statistics(), lambda *what: reports.append(what), values.__getitem__)
+
+    class Good:
+        def wanted(self):
+            return True
+
+        def wants_camera_info(self):
+            return False
+
+        def publish(self, pair):
+            published.append(pair.flow[0, 0, 0])
+
+        def describe(self):
+            return {"seen": len(published)}
+
+    class Bad(Good):
+        def publish(self, pair):
+            raise error("enough")
+
+    class Unsure(Good):
+        def wanted(self):
+            raise error("who knows")
+
+    class Mute(Good):
+        def describe(self):
+            raise error("no words")
+
+    class Moody(CountingEstimator):
+        def match(self, prev, next):
+            if self.encoded == 4:
+                raise error("out of sorts")
+            return super().match(prev, next)
+
+        def describe(self):
+            return ["moody"]
+
+    pipeline.estimator = Moody()
+    pipeline.outputs = {"bad": Bad(), "unsure": Unsure(), "mute": Mute(), "good": Good()}
+    for k in range(5):
+        pipeline.process(arrival(k))
+    name = error.__name__
+    assert pipeline.disabled == {"bad": f"{name}: enough", "unsure": f"{name}: who knows"}
+    assert published == [10, 10, 10, 10, 10, 10]  # three pairs, two outputs; one pair failed
+    assert [what for what, _ in reports] == ["plugins", "plugins", "estimator_failures"]
+    assert reports[-1][1] == f"{name}: out of sorts"
+    counts = pipeline.statistics.counts()
+    assert (counts["processed"], counts["pairs"]) == (5, 3)
+    undescribed = f"estimator (describe() returned list instead of dict); output mute ({name}: no words)"
+    assert pipeline.describe_plugins() == {"seen": "6", "undescribed": undescribed}
+
+
+def test_ctrl_c_goes_through_plugins_in_the_main_thread():
+    estimator = CountingEstimator()
+    estimator.match = estimator.describe = lambda *images: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _ = FramePair(frame(1), frame(2), estimator).flow
+    with pytest.raises(KeyboardInterrupt):
+        description(estimator)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(description(estimator)))
+    thread.start()
+    thread.join()
+    assert found == [({}, "KeyboardInterrupt")]  # nobody's Ctrl-C
+
+
+def test_what_plugins_say_is_made_text():
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise SystemExit
+
+    class Wordless:
+        def __str__(self):
+            raise Unspeakable
+
+    assert one_line(ValueError("a\n b")) == "ValueError: a b" and one_line(Unspeakable()) == "Unspeakable"
+    say = SimpleNamespace
+    assert description(say(describe=lambda: {"threads": 2, 3: None})) == ({"threads": "2", "3": "None"}, "")
+    assert description(say(describe=lambda: {"a": Wordless()})) == ({}, "Unspeakable")
+    assert description(say(describe=lambda: None)) == ({}, "describe() returned NoneType instead of dict")
+    assert description(say())[1].startswith("AttributeError")
+    assert printable("caf\u00e9 \udce9") == "caf\u00e9 ?"
+
+
+def test_diagnostics_carry_values_that_are_no_text():
+    pytest.importorskip("diagnostic_msgs.msg", reason="ROS 2 is not installed")
+    from qpwc_ros.diagnostics import status
+
+    message = status("flow", "/image", "warn", "caf\udce9", {"threads": 2, 3: None, "file": "\udce9"})
+    assert message.message == "caf?"
+    assert [(p.key, p.value) for p in message.values] == [("threads", "2"), ("3", "None"), ("file", "?")]
+
+
 def arrival(k):
     """The k-th image of a camera: 40 rows, 50 columns, 10·k bright."""
     header = SimpleNamespace(stamp=SimpleNamespace(sec=0, nanosec=100 + k), frame_id="camera")
@@ -171,9 +274,21 @@ def test_the_network_says_which_of_its_inputs_the_last_image_went_to():
     network = TfliteEstimator({"model": "qpwc_fast", "precision": "int8", "threads": 1})
     network.warm_up()
     assert network.describe()["network_input"] == ""  # no image of a camera yet
-    for (height, width), expected in {(240, 320): "320x256", (720, 1280): "736x416", (480, 640): "640x480"}.items():
+    for (height, width), expected in {(240, 320): "512x384", (720, 1280): "736x416", (480, 640): "640x480"}.items():
         network.encode(np.zeros((height, width, 3), np.uint8))
         assert network.describe()["network_input"] == expected
+
+
+@pytest.mark.parametrize("enlarge, expected", [(0.0, "512x384"), (1.0, "320x256"), (2.0, "640x480")])
+def test_small_images_are_enlarged_as_the_options_say(enlarge, expected):
+    network = TfliteEstimator({"model": "qpwc_fast", "precision": "int8", "threads": 1, "enlarge": enlarge})
+    network.encode(np.zeros((240, 320, 3), np.uint8))
+    assert network.describe()["network_input"] == expected
+
+
+def test_an_enlargement_that_cannot_be_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="enlarge must be a number from 1 up, got 0.5"):
+        TfliteEstimator.check({"model": "qpwc_fast", "precision": "int8", "threads": 1, "enlarge": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -211,6 +326,55 @@ def test_worker_takes_the_newest_and_says_what_it_pushed_out():
     while len(done) < 2:
         time.sleep(0.001)
     assert worker.stop() and done == [1, 5]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt, Wish])
+def test_worker_outlives_whatever_its_work_raises(error):
+    done, told = threading.Event(), []
+
+    def work(item):
+        if item == "bad":
+            raise error("enough")
+        done.set()
+
+    def failed(error):
+        told.append(error)
+        raise SystemExit  # nor does it help to make trouble here
+
+    worker = LatestWorker(work, failed=failed)
+    worker.start()
+    worker.offer("bad")
+    while not told:
+        time.sleep(0.001)
+    worker.offer("good")
+    assert done.wait(5) and [type(what) for what in told] == [error]
+    assert worker.stop(timeout=5) and worker.busy_for() == 0.0
+
+
+def test_worker_says_how_long_it_has_been_busy():
+    began, go = threading.Event(), threading.Event()
+
+    def work(item):
+        began.set()
+        go.wait(5)
+
+    worker = LatestWorker(work)
+    assert worker.busy_for() == 0.0
+    worker.start()
+    worker.offer(1)
+    assert began.wait(5)
+    time.sleep(0.05)
+    assert worker.busy_for() >= 0.05
+    # Stopped and started anew, it is still the first item that is worked on.
+    assert worker.stop(timeout=0.01) is False
+    worker.start()
+    worker.offer(2)
+    time.sleep(0.05)
+    assert worker.busy_for() >= 0.1
+    go.set()
+    while worker.busy_for():
+        time.sleep(0.001)
+    assert worker.stop(timeout=5)
 
 
 def test_worker_started_before_the_last_item_is_finished_waits_for_it():
@@ -354,6 +518,21 @@ def test_every_built_in_plugin_loads_from_the_source_tree():
         registry.load(ESTIMATORS, "nope", Estimator)
 
 
+@pytest.mark.parametrize("group", [ESTIMATORS, OUTPUTS])
+def test_a_plugin_that_exits_on_import_is_an_error_by_name(tmp_path, monkeypatch, group):
+    information = tmp_path / "leaver-1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: leaver\nVersion: 1\n")
+    (information / "entry_points.txt").write_text(f"[{group}]\nleaves = leaver_plugin:Leaver\n")
+    module = tmp_path / "leaver_plugin.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for text, reason in {"sys.exit(3)": "SystemExit: 3", "raise OSError('gone')": "OSError: gone"}.items():
+        module.write_text(f"import sys\n{text}\n")
+        assert "leaver_plugin" not in sys.modules
+        with pytest.raises(registry.PluginError, match=f"'leaves' cannot be imported: {reason}"):
+            registry.load(group, "leaves", object)
+
+
 def test_the_profile_is_used_unless_the_user_chose_one(monkeypatch, tmp_path):
     names = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
     monkeypatch.chdir(tmp_path)
@@ -377,7 +556,6 @@ def test_the_shipped_views_show_what_the_node_publishes():
     yaml = pytest.importorskip("yaml")
     from qpwc_ros.nodes.flow import FlowNode
     from qpwc_ros.plugins.base import Output
-    from qpwc_ros.plugins.builtin import OUTPUTS
 
     class Recorder:
         """In place of a node: takes note of what an output advertises."""

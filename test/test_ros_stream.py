@@ -125,6 +125,7 @@ def test_300_pairs_at_30_hz_are_all_accounted_for(client, stream):
     client.deliver("/image", stream.next())
     values = stream.account()
     assert len(stream.sent) == 301
+    assert values["pairs"] >= 150  # however busy the machine is: less would be hardly a stream
     print(f"300 pairs in, {values['pairs']} out, dropped {values['dropped']}, lost {values['lost']}")
 
 

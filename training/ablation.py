@@ -286,22 +286,42 @@ class Ablation:
         except ImportError as error:
             raise Skipped(f"ai-edge-quantizer cannot be imported ({error})") from error
 
+        source = self._uniquely_named(self.float_file())
+
         def measure(title: str, name: str) -> None:
             path = self._directory / f"{name}.tflite"
-            tool = quantizer.Quantizer(str(self.float_file()), getattr(recipe, name)())
+            tool = quantizer.Quantizer(str(source), getattr(recipe, name)())
             ranges = None
             if tool.need_calibration:
                 ranges = tool.calibrate({key: list(self._inputs(key)) for key in ("encode", "match")}, num_threads=1)
             tool.quantize(ranges).export_model(str(path), overwrite=True)
-            self._restore_metadata(path)
+            self._restore_interface(path)
             self.add_file(title, path)
 
         for name in ("dynamic_wi8_afp32", "weight_only_wi8_afp32", "static_wi8_ai8", "static_wi8_ai16"):
             title = f"ai-edge-quantizer, {name}"
             self._attempt(title, functools.partial(measure, title, name))
 
-    def _restore_metadata(self, path: Path) -> None:
-        """Ours, where another tool dropped it: without it the runtime refuses the file."""
+    def _uniquely_named(self, path: Path) -> Path:
+        """The same model, no two of whose tensors share a name, as ai-edge-quantizer needs it."""
+        from tensorflow.lite.tools import flatbuffer_utils
+
+        from qpwc_core.quantization import flatbuffer
+
+        model = flatbuffer_utils.read_model(str(path))
+        names: set[str] = set()
+        for number, subgraph in enumerate(model.subgraphs):
+            for index, tensor in enumerate(subgraph.tensors):
+                name = flatbuffer.text(tensor.name)
+                tensor.name = name if name not in names else f"{name};{number};{index}"
+                names.add(tensor.name)
+        renamed = self._directory / f"{path.stem}_uniquely_named.tflite"
+        flatbuffer.write(model, renamed)
+        return renamed
+
+    def _restore_interface(self, path: Path) -> None:
+        """What another tool dropped, and the runtime refuses the file without: our metadata, the flow in float, and
+        features that enter ``match`` rounded as they leave ``encode``."""
         from tensorflow.lite.tools import flatbuffer_utils
 
         from qpwc_core.quantization import flatbuffer
@@ -310,7 +330,9 @@ class Ablation:
         if not flatbuffer.get_metadata(model):
             source = flatbuffer_utils.read_model(str(self.float_file()))
             flatbuffer.set_metadata(model, flatbuffer.get_metadata(source))
-            flatbuffer.write(model, path)
+        flatbuffer.float_output(model, "flow")
+        flatbuffer.requantize_inputs(model, "encode", "match")
+        flatbuffer.write(model, path)
 
 
 def write(rows: list[dict[str, str]], directory: Path, network: str, command: str, pairs: int) -> list[Path]:

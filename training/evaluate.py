@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"{', '.join(evaluation.CLASSICAL)}, a bundled model (NAME, NAME:int8, NAME:float32), a .tflite file "
         "(default: the bundled models, dis-medium, dis-fast, farneback, zero)",
     )
+    common.add_refine_argument(parser)
+    common.add_enlarge_argument(parser)
     parser.add_argument(
         "--count", type=common.positive_int, metavar="N", help="pairs (default: 64 synthetic, else all)"
     )
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = args.methods or [
             *dict.fromkeys(info.name for info in list_models()), "dis-medium", "dis-fast", "farneback", "zero"
         ]  # fmt: skip
-        methods = evaluation.make_methods(names)
+        methods = evaluation.make_methods(names, refine=args.refine, enlarge=args.enlarge)
         pairs = evaluation.load_pairs(
             args.data, args.root, size=tuple(args.size), count=args.count, textures=args.validation_textures
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
-    """Declares --model, --refine, --threads, --delegate and, by default, --precision."""
+    """Declares --model, --refine, --enlarge, --threads, --delegate and, by default, --precision."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -36,6 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
             "(default: %(default)s)",
         )
     add_refine_argument(group)
+    add_enlarge_argument(group)
     group.add_argument(
         "--threads",
         type=positive_int,
@@ -62,6 +63,17 @@ def add_refine_argument(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_enlarge_argument(group: argparse._ActionsContainer) -> None:
+    """Declares --enlarge; None without it."""
+    group.add_argument(
+        "--enlarge",
+        type=enlargement,
+        metavar="X",
+        help="how much larger than a small image the network's input should be; 1 is fastest (default: as the model "
+        "says; qpwc 2, qpwc_fast 1.3)",
+    )
+
+
 def load_estimator(args: argparse.Namespace, precision: str | None = None) -> FlowEstimator:
     """The estimator that the arguments name; `precision` stands in where --precision is not declared."""
     import cv2
@@ -77,6 +89,7 @@ def load_estimator(args: argparse.Namespace, precision: str | None = None) -> Fl
             threads=args.threads,
             delegate=_delegate(args),
             refine=args.refine,
+            enlarge=args.enlarge,
         )
 
 
@@ -166,6 +179,14 @@ def positive_float(text: str) -> float:
     value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def enlargement(text: str) -> float:
+    """Argument type: a finite number from 1 up."""
+    value = _number(text)
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text!r}")
     return value
 
 

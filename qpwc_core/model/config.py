@@ -16,7 +16,8 @@ class NetworkConfig:
         height, width: the exported network's default input in pixels, multiples of the coarsest stride.
         sizes: (height, width) of further inputs that it is exported for, with the same weights. Which one an image
             gets: ``qpwc_core.geometry.choose_size``.
-        enlarge: how much larger than the image its input should be; 1 or more.
+        enlarge: how much larger than the image its input should be, as long as it is none larger than the default one;
+            1 or more.
         refine: whether the exported model asks for its flow to be refined on the images, see
             ``qpwc_core.runtime.refinement``.
         pyramid: channels of pyramid levels 1, 2, …; level l has stride 2**l.
@@ -139,12 +140,13 @@ _ACCURATE_SIZES = (
 )  # fmt: skip
 
 OPERATING_POINTS: Mapping[str, NetworkConfig] = {
-    "qpwc_fast": NetworkConfig(sizes=_FAST_SIZES, context=(48, 48, 48, 48), vote_gain=30.0),
+    "qpwc_fast": NetworkConfig(sizes=_FAST_SIZES, context=(48, 48, 48, 48), vote_gain=30.0, enlarge=1.3),
     # About two and a half times the work of qpwc_fast on the same image: wider, and one level more.
     "qpwc": NetworkConfig(
         name="qpwc",
         sizes=_ACCURATE_SIZES,
         refine=True,
+        enlarge=2.0,
         pyramid=(24, 32, 64, 96, 128),
         finest_level=2,
         radii=(6, 4, 3, 2),

@@ -122,6 +122,41 @@ def float_softmax(model: "schema.ModelT") -> None:
         subgraph.operators = operators
 
 
+def float_output(model: "schema.ModelT", name: str) -> None:
+    """Has every signature's output ``name`` leave in float, by a conversion at the end where it is not."""
+    builtin = schema.BuiltinOperator
+    for signature in model.signatureDefs:
+        subgraph = model.subgraphs[signature.subgraphIndex]
+        for output in signature.outputs:
+            given = output.tensorIndex
+            if text(output.name) != name or subgraph.tensors[given].type == schema.TensorType.FLOAT32:
+                continue
+            wanted = add_tensor(subgraph, given, f"{name}/float", schema.TensorType.FLOAT32)
+            subgraph.operators.append(conversion(model, builtin.DEQUANTIZE, given, wanted))
+            subgraph.outputs = [wanted if index == given else index for index in subgraph.outputs]
+            output.tensorIndex = wanted
+
+
+def requantize_inputs(model: "schema.ModelT", source: str, taker: str) -> None:
+    """Has signature ``taker`` take the outputs of ``source``, as ``prev_NAME`` and ``next_NAME``, rounded as they are.
+
+    Where its own ranges differ, a conversion to them comes first.
+    """
+    by_key = {text(signature.signatureKey): signature for signature in model.signatureDefs}
+    giving, taking = (model.subgraphs[by_key[key].subgraphIndex] for key in (source, taker))
+    given = {text(output.name): giving.tensors[output.tensorIndex] for output in by_key[source].outputs}
+    for entry in by_key[taker].inputs:
+        wanted = entry.tensorIndex
+        like = given[text(entry.name).split("_", 1)[1]]
+        if like.type == schema.TensorType.FLOAT32:
+            continue
+        index = add_tensor(taking, wanted, f"{text(entry.name)}/given", like.type)
+        taking.tensors[index].quantization = copy.deepcopy(like.quantization)
+        taking.operators.insert(0, conversion(model, schema.BuiltinOperator.QUANTIZE, index, wanted))
+        taking.inputs = [index if one == wanted else one for one in taking.inputs]
+        entry.tensorIndex = index
+
+
 def set_metadata(model: "schema.ModelT", values: Mapping) -> None:
     """Stores ``values`` as JSON in the model's metadata table, under the name "qpwc", replacing older ones."""
     data = list(json.dumps(values, sort_keys=True).encode())

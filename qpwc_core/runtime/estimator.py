@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,8 +64,12 @@ class FlowEstimator:
         xnnpack: bool = True,
         delegate: Delegate | None = None,
         refine: bool | None = None,
+        enlarge: float | None = None,
     ) -> None:
         """As `load`, for a model whose description is already read."""
+        if enlarge is not None:
+            check_enlarge(enlarge)
+            info = replace(info, enlarge=float(enlarge))
         self.info = info
         self.refines = info.refine if refine is None else refine
         self.threads = default_threads() if threads is None else threads
@@ -81,6 +86,7 @@ class FlowEstimator:
         xnnpack: bool = True,
         delegate: Delegate | None = None,
         refine: bool | None = None,
+        enlarge: float | None = None,
     ) -> FlowEstimator:
         """Loads a model.
 
@@ -96,18 +102,23 @@ class FlowEstimator:
           refine: Whether the network's flow is refined on the images, which makes it more accurate by fractions
             of a pixel and at the edges of what moves, for about a third of OpenCV DIS medium's time; by default as
             the model says: "qpwc" refines, "qpwc_fast" does not.
+          enlarge: How much larger than the image the network's input should be, as long as it is none larger than
+            the default one, 640x480. That makes the flow of small images more accurate, for up to the time of one of
+            640x480; by default as the model says, 2 for "qpwc" and 1.3 for "qpwc_fast". With 1 small images are fast.
 
         Raises:
           ModelError: The model is missing, damaged, or not one of this project's.
           QpwcError: No TFLite runtime is installed, or the delegate cannot be loaded.
-          ValueError: Unknown precision, or fewer than one thread.
+          ValueError: Unknown precision, fewer than one thread, or `enlarge` is no number from 1 up.
         """
         model = models.default_model() if model is None else model
 
         @functools.cache  # what was measured is not loaded once more
         def make(precision: str) -> FlowEstimator:
             info = models.read_model_info(models.find_model(model, precision))
-            return cls(info, threads=threads, xnnpack=xnnpack, delegate=delegate, refine=refine)
+            return cls(
+                info, threads=threads, xnnpack=xnnpack, delegate=delegate, refine=refine, enlarge=enlarge
+            )
 
         if precision != models.AUTO_PRECISION:
             return make(precision)
@@ -207,6 +218,12 @@ class FlowEstimator:
 
     def _fit(self, height: int, width: int, size: InputSize) -> NetworkFit:
         return NetworkFit(height, width, size.height, size.width, self.info.flow_stride)
+
+
+def check_enlarge(enlarge: float) -> None:
+    """Raises ValueError unless it is a number from 1 up (NaN is not)."""
+    if not 1 <= enlarge < math.inf:
+        raise ValueError(f"enlarge must be a number from 1 up, got {enlarge}")
 
 
 def _check_interface(info: ModelInfo, size: InputSize, engine: Engine) -> list[tuple[str, str]]:

@@ -33,10 +33,17 @@ class FrameInterpolator:
         xnnpack: bool = True,
         delegate: Delegate | None = None,
         refine: bool | None = None,
+        enlarge: float | None = None,
     ) -> FrameInterpolator:
         """Loads a model; arguments and errors as `FlowEstimator.load`."""
         estimator = FlowEstimator.load(
-            model, precision=precision, threads=threads, xnnpack=xnnpack, delegate=delegate, refine=refine
+            model,
+            precision=precision,
+            threads=threads,
+            xnnpack=xnnpack,
+            delegate=delegate,
+            refine=refine,
+            enlarge=enlarge,
         )
         return cls(estimator)
 

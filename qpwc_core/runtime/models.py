@@ -59,7 +59,8 @@ class ModelInfo:
       name: Name of the network, such as "qpwc_fast".
       precision: "int8" or "float32".
       flow_stride: Pixels of the network input per cell of the flow grid.
-      enlarge: How much larger than the image the network's input should be.
+      enlarge: How much larger than the image the network's input should be, as long as it is none larger than the
+        default one.
       refine: Whether its flow is meant to be refined on the images, see `refinement`.
       sizes: The network's inputs, the default first.
       figures: Measured results, as the exporter wrote them.
@@ -77,7 +78,8 @@ class ModelInfo:
     def size_for(self, height: int, width: int) -> InputSize:
         """The input that an image of this size, in pixels, is given to: see `geometry.choose_size`."""
         sizes = {(size.height, size.width): size for size in self.sizes}
-        return sizes[choose_size(height, width, sizes, self.enlarge)]
+        budget = self.sizes[0].height * self.sizes[0].width
+        return sizes[choose_size(height, width, sizes, self.enlarge, budget)]
 
 
 _KEY_TYPES: dict[str, type] = {

@@ -340,8 +340,9 @@ def check_directory(directory: Path, network: NetworkConfig) -> None:
             before = NetworkConfig.from_mapping(json.loads(existing.read_text())["network"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{existing}: not the config of a training run ({error})") from error
-        # Weights are the same for every size of input.
-        if dataclasses.replace(before, sizes=()) != dataclasses.replace(network, sizes=()):
+        # Weights are the same for every size of input, and whatever is made of the flow.
+        alike = dict(sizes=(), enlarge=1.0, refine=False)
+        if dataclasses.replace(before, **alike) != dataclasses.replace(network, **alike):
             raise ValueError(f"{directory} holds a run of a different network; choose another directory")
 
 

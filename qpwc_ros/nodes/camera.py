@@ -20,7 +20,7 @@ from std_msgs.msg import Header
 from qpwc_ros.calibration_file import CalibrationError, read_calibration
 from qpwc_ros.camera_info import described_size, for_size
 from qpwc_ros.codec import fill_compressed, fill_image
-from qpwc_ros.frames import one_line
+from qpwc_ros.faults import one_line
 from qpwc_ros.nodes.reporting import Reporting
 from qpwc_ros.nodes.running import run
 from qpwc_ros.parameters import ParameterError, ParameterSpec, declare

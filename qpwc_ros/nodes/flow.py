@@ -24,7 +24,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from qpwc_core.runtime.models import AUTO_REFINE, REFINE_CHOICES
 from qpwc_ros import diagnostics
 from qpwc_ros.codec import MAX_PIXELS
-from qpwc_ros.frames import one_line
+from qpwc_ros.faults import description, let_ctrl_c_pass, one_line
 from qpwc_ros.nodes.reporting import Reporting
 from qpwc_ros.nodes.running import guarded, run
 from qpwc_ros.parameters import ParameterError, ParameterSpec, declare
@@ -50,6 +50,14 @@ ESTIMATOR_PARAMETERS = (
         AUTO_REFINE,
         "Whether the network's flow is refined on the images; auto: as the model says (qpwc is, qpwc_fast is not).",
         choices=tuple(REFINE_CHOICES),
+    ),
+    ParameterSpec(
+        "enlarge",
+        0.0,
+        "How much larger than a small image the network's input should be; 1: small images are fast; 0: as the model "
+        "says (qpwc 2, qpwc_fast 1.3).",
+        minimum=0.0,
+        maximum=4.0,
     ),
     ParameterSpec("threads", 0, "Threads of the estimator; 0: its own choice.", minimum=0, maximum=64),
     # Read-only: whoever may set parameters must not thereby get any library loaded.
@@ -105,6 +113,8 @@ POLL_PERIOD = 0.1
 WARN_PERIOD = 5.0
 #: Seconds without an image, while somebody listens, until diagnostics warn.
 SILENCE = 2.0
+#: Seconds of work on one image after which diagnostics warn: a rate of what has finished cannot tell.
+OVERDUE = 3.0
 #: Seconds given to an inference to finish on deactivate, and when the process ends. On deactivate it is short
 #: because all other calls wait as well; an estimator that takes longer goes on, and nobody hears of its result.
 STOP_TIMEOUT = 0.2
@@ -128,7 +138,7 @@ class FlowNode(Reporting, LifecycleNode):
         super().__init__(node_name, **options)
         self.state = "unconfigured"
         self._pipeline = Pipeline(self.statistics, self.report, self._parameter)
-        self._worker = LatestWorker(self._work, "qpwc-worker")
+        self._worker = LatestWorker(self._work, "qpwc-worker", self._on_worker_failure)
         self._loaded: tuple[str, dict[str, Any]] | None = None
         self._tried: tuple[str, dict[str, Any]] | None = None
         self._failure = ""
@@ -194,7 +204,8 @@ class FlowNode(Reporting, LifecycleNode):
             name, options = self._estimator_choice(new)
             if (name, options) != self._estimator_choice({}):
                 self._estimator_class(name).check(options)
-        except Exception as error:
+        except BaseException as error:
+            let_ctrl_c_pass(error)
             return SetParametersResult(successful=False, reason=one_line(error))
         return SetParametersResult(successful=True)
 
@@ -221,7 +232,8 @@ class FlowNode(Reporting, LifecycleNode):
         """Load the estimator, run it once, advertise the outputs. On failure the node stays unconfigured."""
         try:
             self._load_estimator()
-        except Exception as error:
+        except BaseException as error:
+            let_ctrl_c_pass(error)
             self._failure = one_line(error)
             self.get_logger().error(f"cannot configure: {self._failure}")
             return TransitionCallbackReturn.FAILURE
@@ -303,7 +315,8 @@ class FlowNode(Reporting, LifecycleNode):
         estimator = self._estimator_class(choice[0])(choice[1])
         estimator.warm_up()
         self._pipeline.estimator, self._loaded = estimator, choice
-        what = ", ".join(f"{key} {value}" for key, value in estimator.describe().items() if value)
+        described, failure = description(estimator)
+        what = ", ".join(f"{key} {value}" for key, value in described.items() if value) or failure
         self.get_logger().info(f"estimator {choice[0]} loaded in {time.monotonic() - start:.2f} s: {what}")
 
     def _follow_estimator(self) -> None:
@@ -316,7 +329,8 @@ class FlowNode(Reporting, LifecycleNode):
         try:
             self._load_estimator()
             self._failure = ""
-        except Exception as error:
+        except BaseException as error:
+            let_ctrl_c_pass(error)
             self._failure = f"{one_line(error)}; the estimator loaded before goes on"
             self.get_logger().error(self._failure)
 
@@ -332,7 +346,8 @@ class FlowNode(Reporting, LifecycleNode):
                 self._pipeline.disabled.pop(name, None)
                 try:
                     output = self._outputs[name](self)
-                except Exception as error:
+                except BaseException as error:
+                    let_ctrl_c_pass(error)
                     self._pipeline.disabled[name] = one_line(error)
                     self.report("plugins", f"output {name} is disabled: {one_line(error)}")
                     output = _Absent(self)
@@ -346,7 +361,8 @@ class FlowNode(Reporting, LifecycleNode):
     def _close(self, output: Output) -> None:
         try:
             output.close()
-        except Exception as error:
+        except BaseException as error:
+            let_ctrl_c_pass(error)
             self.report("plugins", f"an output cannot be closed: {one_line(error)}")
 
     # Input
@@ -467,9 +483,12 @@ class FlowNode(Reporting, LifecycleNode):
             return
         try:
             self._follow_estimator()
-        except Exception as error:
+        except BaseException as error:
             self.report("internal_errors", one_line(error))
         self._pipeline.process(arrival)
+
+    def _on_worker_failure(self, error: BaseException) -> None:
+        self.report("internal_errors", one_line(error))
 
     # Diagnostics
 
@@ -491,6 +510,10 @@ class FlowNode(Reporting, LifecycleNode):
             return "warn", text
         if self.state != "active":
             return "ok", self.state
+        busy = self._worker.busy_for()
+        if busy > OVERDUE:
+            what = f"still at work on one image after {busy:.0f} s"
+            return "warn", f"{what}: the estimator or an output hangs or is slow"
         camera = self._camera
         if camera is None:
             return "ok", "idle: nobody listens"
@@ -505,13 +528,12 @@ class FlowNode(Reporting, LifecycleNode):
         camera, estimator = self._camera, self._pipeline.estimator
         values = {"state": self.state, "estimator": self._parameter("estimator") if estimator else ""}
         values.update({"model": "", "precision": "", "network_input": "", "refined": "", "threads": ""})
-        values.update(estimator.describe() if estimator else {})
+        values.update(self._pipeline.describe_plugins())
         values["input"] = self._image_topic(camera[0]) if camera else ""
         values["image"] = self._pipeline.source
         listened = self._pipeline.wanted_outputs() if self.state == "active" else []
         values["listened_outputs"] = ", ".join(name for name, _ in listened)
         values["disabled_outputs"] = ", ".join(dict(self._pipeline.disabled))
-        values.update(self._pipeline.describe_outputs())
         values.update(diagnostics.figures(self.statistics))
         return values
 

@@ -11,7 +11,7 @@ from rclpy.clock import Clock, ClockType
 from std_srvs.srv import Trigger
 
 from qpwc_ros import diagnostics
-from qpwc_ros.frames import one_line
+from qpwc_ros.faults import one_line
 from qpwc_ros.nodes.running import guarded
 from qpwc_ros.statistics import Statistics
 

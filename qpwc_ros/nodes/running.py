@@ -18,7 +18,7 @@ from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.signals import SignalHandlerOptions
 
 from qpwc_core.ending import end_at_once
-from qpwc_ros.frames import one_line
+from qpwc_ros.faults import one_line
 from qpwc_ros.parameters import ParameterError
 from qpwc_ros.share import use_large_shared_memory
 

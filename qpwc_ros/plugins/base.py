@@ -30,8 +30,8 @@ class Estimator(ABC):
     """Computes flow from two images in two steps, so that a camera's frames are encoded once each.
 
     Args:
-        options: values by parameter name: `model`, `precision`, `refine`, `threads` (0: the estimator's choice) and
-            this class's own `parameters`.
+        options: values by parameter name: `model`, `precision`, `refine`, `enlarge`, `threads` (0 of either: the
+            estimator's choice) and this class's own `parameters`.
 
     Raises:
         Exception: any, when it cannot be loaded; the message goes to the log and to diagnostics.
@@ -57,7 +57,10 @@ class Estimator(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
-        """What diagnostics shall say about it, e.g. {"model": "qpwc", "threads": "2"}."""
+        """What diagnostics shall say about it, e.g. {"model": "qpwc", "threads": "2"}.
+
+        Called from another thread than the rest.
+        """
 
     def warm_up(self) -> None:
         """Run once on an empty image, so that the first camera frame does not wait for one-time work."""
@@ -69,8 +72,8 @@ class Output(ABC):
     """Publishes something about pairs of frames.
 
     Subclasses call `advertise` for each topic in their constructor and publish in `publish`. An output that
-    raises in `publish` is disabled until the node is configured again or the output is taken out of and put
-    back into the parameter `outputs`; the others go on.
+    raises in `publish`, be it SystemExit, is disabled until the node is configured again or the output is taken
+    out of and put back into the parameter `outputs`; the others go on.
 
     Args:
         node: the rclpy lifecycle node; a subclass may use all of it, but callbacks run in another thread.

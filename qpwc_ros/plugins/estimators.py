@@ -28,6 +28,7 @@ class TfliteEstimator(Estimator):
             threads=options["threads"] or None,
             delegate=_delegate(options),
             refine=REFINE_CHOICES[options.get("refine", AUTO_REFINE)],
+            enlarge=options.get("enlarge") or None,
         )
         if self._estimator.refines:
             cv2.setNumThreads(self._estimator.threads)
@@ -35,8 +36,11 @@ class TfliteEstimator(Estimator):
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
+        from qpwc_core.runtime.estimator import check_enlarge
         from qpwc_core.runtime.models import default_model, find_model
 
+        if options.get("enlarge"):
+            check_enlarge(options["enlarge"])
         find_model(options["model"] or default_model(), options["precision"])
         _delegate(options)
 

@@ -156,7 +156,6 @@ class InterpolatedOutput(Output):
             if self._merged != pair.prev.stamp:  # the first pair of a series: nobody has had this frame yet
                 moments.insert(0, (0.0, pair.prev.stamp))
             moments.append((1.0, pair.next.stamp))
-            self._merged = pair.next.stamp
         raw, compressed, info = (self.listened(p) for p in (self._raw, self._compressed, self._info))
         for t, stamp in moments:
             if not pair.awaited():
@@ -165,6 +164,8 @@ class InterpolatedOutput(Output):
                 self._publish_image(pair, self._image_at(pair, t), stamp, raw, compressed)
             if info:
                 publish_camera_info(self._info, pair, stamp)
+            if t in (0.0, 1.0):  # only now: where the pair fails, its frame goes out with the next one
+                self._merged = stamp
 
     @staticmethod
     def _image_at(pair: FramePair, t: float) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
+from qpwc_ros.faults import let_ctrl_c_pass, one_line
 from qpwc_ros.plugins.builtin import ENTRY_POINTS
 
 
@@ -32,10 +33,9 @@ def load(group: str, name: str, base: type) -> type:
         raise PluginError(f"no plugin {name!r} in {group}; there are {', '.join(points)}")
     try:
         found = points[name].load()
-    except Exception as error:  # whatever a foreign module raises on import
-        raise PluginError(
-            f"plugin {name!r} cannot be imported: {' '.join(str(error).split()) or error!r}"
-        ) from error
+    except BaseException as error:  # whatever a foreign module raises on import, or calls sys.exit()
+        let_ctrl_c_pass(error)
+        raise PluginError(f"plugin {name!r} cannot be imported: {one_line(error)}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(
             f"plugin {name!r} ({points[name].value}) is no {base.__module__}.{base.__qualname__}"
