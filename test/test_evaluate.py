@@ -20,6 +20,7 @@ from qpwc_core.errors import FormatError, ModelError
 from qpwc_core.evaluation import HeldSample
 from qpwc_core.flow_io import write_flow
 from qpwc_core.images import read_image, write_image
+from qpwc_core.runtime.models import find_model
 
 PROGRAM = Path(__file__).resolve().parents[1] / "training" / "evaluate.py"
 SIDE = 64
@@ -132,6 +133,12 @@ def test_models_are_named_by_precision():
     flows = {name: estimate(sample.prev, sample.next) for name, estimate in methods.items()}
     assert all(flow.shape == (160, 200, 2) for flow in flows.values())
     assert (flows["qpwc_fast:int8"] != flows["qpwc_fast:float32"]).any()
+
+
+def test_networks_are_set_as_wished():
+    names = ["qpwc_fast:int8", str(find_model("qpwc_fast"))]
+    methods = evaluation.make_methods(names, refine=True, enlarge=1)
+    assert [(method.refines, method.info.enlarge) for method in methods.values()] == [(True, 1)] * 2
 
 
 @pytest.mark.parametrize(

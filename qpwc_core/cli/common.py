@@ -70,7 +70,7 @@ def add_enlarge_argument(group: argparse._ActionsContainer) -> None:
         type=enlargement,
         metavar="X",
         help="how much larger than a small image the network's input should be; 1 is fastest (default: as the model "
-        "says; qpwc 2, qpwc_fast 1.3)",
+        "says; 1.3)",
     )
 
 

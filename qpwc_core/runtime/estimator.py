@@ -104,7 +104,7 @@ class FlowEstimator:
             the model says: "qpwc" refines, "qpwc_fast" does not.
           enlarge: How much larger than the image the network's input should be, as long as it is none larger than
             the default one, 640x480. That makes the flow of small images more accurate, for up to the time of one of
-            640x480; by default as the model says, 2 for "qpwc" and 1.3 for "qpwc_fast". With 1 small images are fast.
+            640x480; by default as the model says, 1.3 for both. With 1 small images are fast.
 
         Raises:
           ModelError: The model is missing, damaged, or not one of this project's.

@@ -55,7 +55,7 @@ ESTIMATOR_PARAMETERS = (
         "enlarge",
         0.0,
         "How much larger than a small image the network's input should be; 1: small images are fast; 0: as the model "
-        "says (qpwc 2, qpwc_fast 1.3).",
+        "says (1.3).",
         minimum=0.0,
         maximum=4.0,
     ),
