@@ -37,6 +37,8 @@ _REACHES = (4, 8, 16)
 # grey levels they must agree better.
 _SURROUNDINGS = 2.0
 _LEAST_GAIN = 0.5
+# Cells a side of the median that what is chosen goes through.
+_MEDIAN = 5
 # By how many times more where one frame alone shows what is seen, and agreement, being chance, says little.
 _DOUBT_ALONE = 3.0
 
@@ -172,7 +174,8 @@ def _from_nearby(
             cv2.copyTo(cost, better, least)
             cv2.copyTo(candidate, better, result)
         motion = result
-    return motion
+    # Single cells that chose otherwise than their neighbours would be seen as speckles.
+    return cv2.medianBlur(motion, _MEDIAN)
 
 
 def _landing_cell(flow: np.ndarray, time: float) -> np.ndarray:
