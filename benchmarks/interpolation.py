@@ -85,7 +85,12 @@ def make_method(name: str, threads: int) -> Method:
 
 
 def spread_triplets(path: Path, count: int) -> Iterator[Triplet]:
-    """Up to `count` triplets of successive frames, evenly spread over a video."""
+    """Up to `count` triplets of successive frames, evenly spread over a video.
+
+    Raises:
+        ValueError: no three successive frames show a steady motion.
+        OSError, QpwcError: it cannot be read.
+    """
     with open_frames(path) as video:
         frames = max(video.frame_count, 1)
     every = max(1, frames // count)
@@ -94,6 +99,8 @@ def spread_triplets(path: Path, count: int) -> Iterator[Triplet]:
         if index % every == 0 and found < count:
             found += 1
             yield triplet
+    if not found:
+        raise ValueError(f"{path}: no three successive frames show a steady motion")
 
 
 def main() -> int:

@@ -113,9 +113,10 @@ PROGRAMS = {
     "training/recipe.py": Program("--check", said="06_card", needs=(*KERAS, "yaml")),
     "training/ablation.py": Program(
         "--pairs 1 --calibration-pairs 2 --rows float",
-        "docs/results/ablation_qpwc_fast.csv",
+        "docs/results/ablation_*.csv",
         needs=(*KERAS, "tensorflow_model_optimization"),
     ),
+    "benchmarks/interpolation.py": Program("--count 1 --methods average", said=r"dis-warp .*\naverage .*"),
     "benchmarks/memory.py": Program("--frames 12", said="5 flows by qpwc", needs=("jinja2", "matplotlib")),
     "benchmarks/profile_ops.py": Program("--runs 1", said=r"\| all \|"),
     "benchmarks/latency.py": Program(
@@ -227,7 +228,8 @@ def inputs(tmp_path_factory, small) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         textures.save_bank(folder / name, small_bank())
     pictures = frames(8, motion=(2, 1), smoothness=8.0)
-    for name in ("drive.mp4", "one.mp4", "videos/one.mp4", "PICTURES_OR_VIDEOS/one.mp4"):
+    clips = ("bikes.mp4", "cityCC0.mpg", "carphone_pristine.mp4", "vtest.avi", "tree.avi")
+    for name in ("drive.mp4", "one.mp4", "videos/one.mp4", "PICTURES_OR_VIDEOS/one.mp4", *clips):
         (folder / name).parent.mkdir(exist_ok=True)
         with VideoWriter(folder / "clip.avi", 10, (WIDTH, HEIGHT)) as writer:
             for picture in pictures:
