@@ -28,55 +28,47 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qpwc_core import FlowEstimator, FrameInterpolator
-from qpwc_core.classical import farneback, make_dis
 from qpwc_core.cli.common import positive_int, print_table
 from qpwc_core.data.frames import open_frames
 from qpwc_core.data.triplets import Triplet, VideoConfig, video_triplets
 from qpwc_core.errors import QpwcError
+from qpwc_core.evaluation import CLASSICAL, Estimate
 from qpwc_core.geometry import warp_image
 from qpwc_core.images import read_image, write_image
 from qpwc_core.metrics import psnr
 from qpwc_core.runtime.synthesis import synthesize
 
 Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
-Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 BASELINE = "dis-warp"
 DEFAULT = ("average", BASELINE, "dis", "farneback", "qpwc_fast", "qpwc")
-
-
-def both_ways(flow: Flow, prev: np.ndarray, next: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The flow of two RGB images by a method that takes grey ones."""
-    grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (prev, next)]
-    return flow(*grey), flow(*grey[::-1])
 
 
 def average(prev: np.ndarray, next: np.ndarray) -> np.ndarray:
     return cv2.addWeighted(prev, 0.5, next, 0.5, 0)
 
 
-def warped(flow: Flow) -> Method:
+def warped(flow: Estimate) -> Method:
     """Each frame moved by half of the flow that the same pixel has in the other."""
 
     def middle(prev: np.ndarray, next: np.ndarray) -> np.ndarray:
-        forward, backward = both_ways(flow, prev, next)
         half = np.float32(0.5)
-        return average(warp_image(prev, backward * half), warp_image(next, forward * half))
+        return average(warp_image(prev, flow(next, prev) * half), warp_image(next, flow(prev, next) * half))
 
     return middle
 
 
-def synthesized(flow: Flow) -> Method:
-    return lambda prev, next: synthesize(prev, next, *both_ways(flow, prev, next), 0.5)
+def synthesized(flow: Estimate) -> Method:
+    return lambda prev, next: synthesize(prev, next, flow(prev, next), flow(next, prev), 0.5)
 
 
 def make_method(name: str, threads: int) -> Method:
     """Raises QpwcError where a network cannot be loaded."""
     classical = {
         "average": lambda: average,
-        BASELINE: lambda: warped(make_dis("MEDIUM")),
-        "dis": lambda: synthesized(make_dis("MEDIUM")),
-        "farneback": lambda: synthesized(farneback),
+        BASELINE: lambda: warped(CLASSICAL["dis-medium"]()),
+        "dis": lambda: synthesized(CLASSICAL["dis-medium"]()),
+        "farneback": lambda: synthesized(CLASSICAL["farneback"]()),
     }
     if name in classical:
         return classical[name]()

@@ -57,6 +57,11 @@ def resize_flow(flow: np.ndarray, height: int, width: int) -> np.ndarray:
     return _resize(flow * scale, height, width)
 
 
+def shrunk_grey(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 (H, W, 3) RGB → grey uint8 (height, width), no side of which is longer than before."""
+    return cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (width, height), interpolation=cv2.INTER_AREA)
+
+
 def leaves_frame(flow: np.ndarray) -> np.ndarray:
     """Where a flow, float (H, W, 2) in pixels, points outside of the next image: bool (H, W).
 
@@ -90,6 +95,12 @@ def warp_image(image: np.ndarray, flow: np.ndarray, *, cubic: bool = False) -> n
     target = np.add(pixel_grid(*flow.shape[:2]), flow, dtype=np.float32)
     kernel = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
     return cv2.remap(image, target, None, kernel, borderMode=cv2.BORDER_REPLICATE)
+
+
+def check_enlarge(enlarge: float) -> None:
+    """Raises ValueError unless it is a number from 1 up (NaN is not)."""
+    if not 1 <= enlarge < math.inf:
+        raise ValueError(f"enlarge must be a number from 1 up, got {enlarge}")
 
 
 def choose_size(

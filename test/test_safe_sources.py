@@ -15,24 +15,23 @@ def robot_sources():
     return sorted({*(path for folder in folders for path in folder.rglob("*.py")), *(root / "qpwc_core").glob("*.py")})
 
 
+MODULES = {"pickle", "marshal", "shelve", "dill", "socket", "socketserver", "http", "asyncio"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+ARGUMENTS = {"allow_pickle", "shell"}
+
+
 def dangers(source):
     """Names of what turns data into code, or listens on a network, in a Python source."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            names = [node.func.id] if node.func.id in ("eval", "exec", "compile", "__import__") else []
-        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "shell"):
-            names = [] if isinstance(node.value, ast.Constant) and node.value.value is False else [node.arg]
-        else:
-            continue
-        for name in names:
-            if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill", "socket", "socketserver", "http", "asyncio"):
-                yield name
-            elif name in ("eval", "exec", "compile", "__import__", "allow_pickle", "shell"):
-                yield name
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in MODULES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
+            yield node.module
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
+            yield node.func.id
+        elif isinstance(node, ast.keyword) and node.arg in ARGUMENTS:
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                yield node.arg
 
 
 @pytest.mark.parametrize("path", robot_sources(), ids=lambda path: path.name)

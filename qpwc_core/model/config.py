@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Any, Mapping
 
+from qpwc_core.geometry import check_enlarge
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
@@ -64,8 +66,7 @@ class NetworkConfig:
         for field, least in (("pyramid", 1), ("extra_convs", 0), ("radii", 1), ("decoder", 1)):
             if min(getattr(self, field), default=0) < least:
                 raise ValueError(f"{field} needs numbers of at least {least}, got {getattr(self, field)}")
-        if not 1 <= self.enlarge < float("inf"):
-            raise ValueError(f"enlarge must be a number from 1 up, got {self.enlarge}")
+        check_enlarge(self.enlarge)
         if self.match_channels < 1:
             raise ValueError(f"match_channels must be at least 1, got {self.match_channels}")
         for field in ("sharpness", "flow_input_range"):

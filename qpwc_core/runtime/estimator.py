@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qpwc_core.errors import ModelError
-from qpwc_core.geometry import NetworkFit, resize_flow
+from qpwc_core.geometry import NetworkFit, check_enlarge, resize_flow
 from qpwc_core.images import as_rgb, as_rgb_pair
 from qpwc_core.machine import default_threads
 from qpwc_core.runtime import models
@@ -218,12 +217,6 @@ class FlowEstimator:
 
     def _fit(self, height: int, width: int, size: InputSize) -> NetworkFit:
         return NetworkFit(height, width, size.height, size.width, self.info.flow_stride)
-
-
-def check_enlarge(enlarge: float) -> None:
-    """Raises ValueError unless it is a number from 1 up (NaN is not)."""
-    if not 1 <= enlarge < math.inf:
-        raise ValueError(f"enlarge must be a number from 1 up, got {enlarge}")
 
 
 def _check_interface(info: ModelInfo, size: InputSize, engine: Engine) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from qpwc_core.geometry import check_flow, pixel_grid, resize_flow, warp_image
+from qpwc_core.geometry import check_flow, pixel_grid, resize_flow, shrunk_grey, warp_image
 from qpwc_core.metrics import forward_backward_confidence
 
 # Pixels of the images per cell of the grid on which motion at t is worked out. The networks' own flow has
@@ -69,7 +69,7 @@ def synthesize(
     check_time(t)
     _check_arrays(prev, next, forward, backward)
     motion, share_of_prev = _carried(forward, backward, t)
-    greys = (_grey(image, share_of_prev.shape) for image in (prev, next))
+    greys = (shrunk_grey(image, *share_of_prev.shape) for image in (prev, next))
     motion = _from_nearby(*greys, motion, share_of_prev, t)
 
     height, width = prev.shape[:2]
@@ -132,11 +132,6 @@ def _carried(forward: np.ndarray, backward: np.ndarray, t: float) -> tuple[np.nd
     share = in_prev / (in_prev + in_next + np.finfo(np.float32).tiny)
     share[in_prev + in_next == 0] = 0.5
     return motion, share
-
-
-def _grey(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (H, W, 3) → grey uint8 of `size` (h, w)."""
-    return cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def _from_nearby(

@@ -36,7 +36,7 @@ class TfliteEstimator(Estimator):
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
-        from qpwc_core.runtime.estimator import check_enlarge
+        from qpwc_core.geometry import check_enlarge
         from qpwc_core.runtime.models import default_model, find_model
 
         if options.get("enlarge"):
