@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -217,12 +218,16 @@ def _decode_with_cv_bridge(msg: Any, step: int) -> Picture:
     except Exception:  # ROS 1's package of that name fails in many ways with a current numpy
         raise refusal from None
     try:
-        dtype, channels = cv_bridge.CvBridge().encoding_to_dtype_with_channels(msg.encoding)
-        row_bytes = int(msg.width) * channels * np.dtype(dtype).itemsize
-        _check_layout(step, row_bytes, int(msg.height), len(_bytes_of(msg.data)))
+        bridge = cv_bridge.CvBridge()
+        dtype, channels = bridge.encoding_to_dtype_with_channels(msg.encoding)
+        pixel = channels * np.dtype(dtype).itemsize
+        # Depth, say, is refused for what it is, whatever its size and data are.
+        blank = dict(height=2, width=2, step=2 * pixel, data=bytes(4 * pixel), is_bigendian=0)
+        bridge.imgmsg_to_cv2(SimpleNamespace(encoding=msg.encoding, **blank), "rgb8")
+        _check_layout(step, int(msg.width) * pixel, int(msg.height), len(_bytes_of(msg.data)))
         if step % np.dtype(dtype).itemsize:
             raise refusal  # cv_bridge garbles the rows of such an image
-        rgb = np.asarray(cv_bridge.CvBridge().imgmsg_to_cv2(msg, "rgb8"))
+        rgb = np.asarray(bridge.imgmsg_to_cv2(msg, "rgb8"))
     except ImageError:
         raise
     except Exception as error:

@@ -53,7 +53,7 @@ ELSEWHERE = {
     "git": r"clone REPOSITORY qpwc_ros",
     "source": r"install/setup.bash",
     "rosdep": r"install --from-paths src --ignore-src -y",
-    "dask": r"worker tcp://HOST:8786 --nthreads 1",
+    "dask": r"scheduler|worker tcp://HOST:8786 --nthreads 1",
     "docker": r"run -it --network host --shm-size=512m IMAGE",
     "sudo": r"apt install (python3-venv|ros-\$ROS_DISTRO-(usb-cam|realsense2-camera|camera-ros))"
     r"|nvpmodel -m 0|jetson_clocks",
@@ -142,7 +142,9 @@ def inputs(tmp_path_factory) -> Path:
     (tum / "rgb.txt").write_text("".join(f"1305031102.{n}75304 rgb/{n}.png\n" for n in range(3)))
     for number, frame in enumerate(frames[:3]):
         write_image(tum / "rgb" / f"{number}.png", frame)
-    shutil.copy(find_model(default_model(), "int8"), folder / "mine.tflite")
+    for name in ("mine.tflite", "out/quantize/mine/qpwc_fast_int8.tflite"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(find_model(default_model(), "int8"), folder / name)
     (folder / "models").symlink_to(ROOT / "models")
     return folder
 
@@ -295,8 +297,8 @@ def check_pip(words: tuple[str, ...]) -> None:
     for word in rest:
         if word == "-r":
             assert (ROOT / next(rest)).is_file()
-        elif word.startswith("qpwc_ros["):
-            assert set(word.removeprefix("qpwc_ros[").rstrip("]").split(",")) <= extras
+        elif word.startswith(".["):
+            assert set(word.removeprefix(".[").rstrip("]").split(",")) <= extras
         elif word not in (".", "--break-system-packages"):
             assert re.match(r"[\w.-]+", word)[0] in known, f"pip install {word}: not among the requirements"
 
@@ -375,7 +377,10 @@ def check_ros2(words: tuple[str, ...]) -> None:
     elif kind == "run":
         assert rest[0] == "qpwc_ros"
         assert f'"{rest[1]} = qpwc_' in (ROOT / "setup.py").read_text(), f"no program {rest[1]}"
-        check_ros_arguments(rest[2:])
+        if rest[1] == "qpwc" and rest[2:]:
+            check_qpwc(rest[2:])
+        else:
+            check_ros_arguments(rest[2:])
     elif kind == "param":
         assert rest[0] in ("set", "describe", "get") and rest[1] == "flow"
         if rest[2] != "<name>":

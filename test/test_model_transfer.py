@@ -58,6 +58,16 @@ def test_a_network_with_a_level_more_keeps_the_flow_of_the_others():
     np.testing.assert_allclose(flows(target, images)["flow_3"], flows(source, images)["flow_3"], atol=1e-5)
 
 
+def test_of_a_part_of_a_network_the_rest_keeps_its_weights():
+    source, target = build_network(SHALLOW, 64, 64), build_network(SHALLOW, 64, 64)
+    before = {layer.name: layer.get_weights() for layer in target.layers if layer.get_weights()}
+    fresh = transfer_weights(source, target, "encoder_")
+    assert fresh and {name for name in before if name not in fresh} == {n for n in before if n.startswith("encoder_")}
+    for name, weights in before.items():
+        wanted = weights if name in fresh else source.get_layer(name).get_weights()
+        np.testing.assert_array_equal(target.get_layer(name).get_weights()[0], wanted[0])
+
+
 def test_a_wider_search_takes_the_weights_over():
     wider = dataclasses.replace(SHALLOW, radii=(3, 1))
     source, target = build_network(SHALLOW, 64, 64), build_network(wider, 64, 64)

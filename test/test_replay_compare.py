@@ -11,7 +11,9 @@ from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 
 from qpwc_core.errors import UsageError
 from qpwc_core.flow_io import write_flow
+from qpwc_ros.plugins.estimators import DisEstimator
 from qpwc_ros.replay import methods
+from qpwc_ros.replay.live import NodeOptions
 from qpwc_ros.replay.evaluate import PairFigures, difference
 from qpwc_ros.replay.report import means_table
 from qpwc_ros.replay.resources import Energy, Meter
@@ -66,6 +68,29 @@ def test_every_method_is_in_the_results_bag_and_in_the_report(compared):
         "farneback",
         "qpwc_fast int8",
     }
+
+
+def test_an_estimator_that_cannot_describe_itself_is_reported_all_the_same(bag, tmp_path, monkeypatch):
+    def describe(self):
+        raise SystemExit("no words")
+
+    monkeypatch.setattr(DisEstimator, "describe", describe)
+    assert run_replay(bag[0], "--estimator", "dis", "--report", tmp_path / "report") == 0
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["estimator"]["estimator"] == "dis" and metrics["summary"]["means"]["psnr_db"] > 15
+
+
+def test_small_images_are_enlarged_as_told(bag, tmp_path, capsys):
+    """Images of 96x72, offline and as the node is told."""
+    for given, size in (((), "320x256"), (("--enlarge", "4"), "512x384")):
+        out = tmp_path / size
+        assert run_replay(bag[0], "--model", "qpwc_fast", *given, "--report", out) == 0
+        assert json.loads((out / "metrics.json").read_text())["estimator"]["network_input"] == size
+    assert "enlarge:=1.5" in NodeOptions(enlarge=1.5).arguments(10**9)
+    assert not any("enlarge" in argument for argument in NodeOptions().arguments(10**9))
+    with pytest.raises(SystemExit):
+        run_replay(bag[0], "--enlarge", "0.5")
+    assert "--enlarge: must be a number from 1 up, got '0.5'" in capsys.readouterr().err
 
 
 def test_methods_to_compare_with_are_named():

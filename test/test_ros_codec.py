@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -329,3 +330,33 @@ def test_agrees_with_cv_bridge():
         msg.width = 20
         expected = cv_bridge.CvBridge().imgmsg_to_cv2(msg, "rgb8")
         assert np.array_equal(decode_image(msg).rgb, expected), name
+
+
+class StrangerBridge:
+    """In place of cv_bridge: knows two encodings that this project does not, one of them of colour."""
+
+    def encoding_to_dtype_with_channels(self, encoding):
+        return {"gbr16": (np.uint16, 3), "32FC1": (np.float32, 1)}[encoding]
+
+    def imgmsg_to_cv2(self, msg, desired_encoding):
+        assert desired_encoding == "rgb8"
+        if msg.encoding != "gbr16":
+            raise ValueError(f"[{msg.encoding}] is not a color format")
+        shape, strides = (msg.height, msg.width, 3), (msg.step, 6, 2)
+        return (np.ndarray(shape, np.uint16, msg.data, strides=strides)[..., [2, 0, 1]] >> 8).astype(np.uint8)
+
+
+def test_what_only_cv_bridge_knows_is_left_to_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv_bridge", SimpleNamespace(CvBridge=StrangerBridge))
+    stored = RGB[..., [1, 2, 0]].astype(np.uint16) * 257
+    good = message(stored, "gbr16", 10, 12, 4)
+    assert np.array_equal(decode_image(good).rgb, RGB)
+    for changes, reason in (
+        ({"step": good.step + 1}, "bytes where its size and step need"),
+        ({"step": good.step - 1}, "not one of a camera image"),  # cv_bridge would garble the rows
+        ({"step": 71}, "step 71 is less than the 72 bytes"),
+        ({"encoding": "32FC1", "step": 5}, "'32FC1' is not one of a camera image: .*not a color format"),
+        ({"encoding": "nonsense"}, "'nonsense' is not one of a camera image"),
+    ):
+        with pytest.raises(ImageError, match=reason):
+            decode_image(replace(good, **changes))

@@ -362,6 +362,8 @@ def test_the_mean_error_counts_valid_pixels_only():
         ({"reuse": 0}, "reuse must be at least 1, got 0"),
         ({"frozen_levels": 2}, "frozen_levels needs initial"),
         ({"only_fresh": 1}, "only_fresh needs initial"),
+        ({"initial_part": "encoder"}, "initial_part needs initial"),
+        ({"initial_part": "decoder"}, "initial_part must be one of all, encoder"),
         ({"initial_radii": (4,)}, "initial_radii needs initial"),
         ({"initial_context": (0,)}, "initial_context needs initial"),
         ({"initial_vote_gain": 0.0}, "initial_vote_gain needs initial"),
@@ -521,7 +523,9 @@ def own_lines(text: str) -> list[str]:
 def test_the_program_refuses_an_unknown_network(tmp_path):
     result = run_program("--network", "qpwc_fats", "-o", str(tmp_path / "run"))
     assert result.returncode == 1 and result.stdout == ""
-    assert own_lines(result.stderr) == ["train: unknown network 'qpwc_fats'; known: qpwc_fast, qpwc"]
+    assert own_lines(result.stderr) == [
+        "train: unknown network 'qpwc_fats'; known: qpwc_fast, qpwc, and .yaml files that describe one"
+    ]
     assert not (tmp_path / "run").exists()
 
 

@@ -43,8 +43,8 @@ class Ablation:
     def __init__(self, options: argparse.Namespace, directory: Path):
         from qpwc_core.data.pipeline import validation_samples
         from qpwc_core.geometry import choose_size
+        from qpwc_core.model.config import network_config
         from qpwc_core.quantization.pipeline import QuantizeConfig, calibration_images, find_weights
-        from qpwc_core.training import loop
 
         self._directory = directory
         self._qat = options.qat
@@ -55,7 +55,7 @@ class Ablation:
             validation_textures=options.validation_textures,
             calibration_pairs=options.calibration_pairs,
         )
-        point = loop.network_config(options.network)
+        point = network_config(options.network)
         # All pairs are of one size, so one input is enough to export.
         height, width = choose_size(*self.config.validation_size, point.input_sizes)
         self.point = dataclasses.replace(point, height=height, width=width, sizes=())
@@ -360,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     import tempfile
 
     from qpwc_core.cli.common import positive_int
+    from qpwc_core.model.config import network_name
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="qpwc_fast", help="operating point (default: %(default)s)")
@@ -386,7 +387,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ablation.make(kind)
                 # After each, so that what took an hour is not lost with the next.
                 command = shlex.join(["python", "training/ablation.py", *arguments])
-                paths = write(ablation.rows, options.output, options.network, command, options.pairs)
+                paths = write(ablation.rows, options.output, network_name(options.network), command, options.pairs)
     except (ValueError, OSError) as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from qpwc_core.training.options import add_options, parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from qpwc_core.model.config import network_name
     from qpwc_core.training.interpolation import PreTrainConfig, pre_train
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         config = parse_config(args, PreTrainConfig)
-        best = pre_train(config, args.output or Path("out/pre_train") / config.network)
+        best = pre_train(config, args.output or Path("out/pre_train") / network_name(config.network))
     except (ValueError, OSError, QpwcError) as error:
         print(f"pre_train: {error}", file=sys.stderr)
         return 1

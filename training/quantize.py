@@ -20,6 +20,7 @@ from qpwc_core.training.options import add_options, parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from qpwc_core.model.config import network_name
     from qpwc_core.quantization.pipeline import QuantizeConfig, export_fine_tuning, quantize
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         config = parse_config(args, QuantizeConfig)
-        output = args.output or Path("out/quantize") / config.network
+        output = args.output or Path("out/quantize") / network_name(config.network)
         if args.bundle:
             export_fine_tuning(config, output, args.bundle)
             print(args.bundle)

@@ -19,6 +19,7 @@ from qpwc_core.training.options import add_options, parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from qpwc_core.model.config import network_name
     from qpwc_core.training.loop import TrainConfig, train
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         config = parse_config(args, TrainConfig)
-        best = train(config, args.output or Path("out/train") / config.network)
+        best = train(config, args.output or Path("out/train") / network_name(config.network))
     except (ValueError, OSError, QpwcError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any, Mapping
+
+import yaml
 
 from qpwc_core.geometry import check_enlarge
 
@@ -157,3 +160,42 @@ OPERATING_POINTS: Mapping[str, NetworkConfig] = {
         vote_gain=30.0,
     ),
 }
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def network_name(name: str) -> str:
+    """What :func:`network_config` of the same ``name`` is called in file names."""
+    return Path(name).stem if _is_file(name) else name
+
+
+def network_config(name: str) -> NetworkConfig:
+    """The operating point called ``name``, or the one that a YAML file describes.
+
+    Args:
+        name: of an operating point, or the path of a ``.yaml`` file: ``base``, an operating point's name, and whatever
+            of ``NetworkConfig`` is different, such as ``radii: [4, 4, 3]``. Its ``name`` is the file's, without ending.
+
+    Raises:
+        ValueError: there is none, or the file does not say a network.
+        OSError: the file cannot be read.
+    """
+    if not _is_file(name):
+        if name not in OPERATING_POINTS:
+            raise ValueError(
+                f"unknown network {name!r}; known: {', '.join(OPERATING_POINTS)}, and .yaml files that describe one"
+            )
+        return OPERATING_POINTS[name]
+    try:
+        values = yaml.safe_load(Path(name).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}: no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict) or values.get("base") not in OPERATING_POINTS:
+        raise ValueError(f"{name}: needs base, one of {', '.join(OPERATING_POINTS)}")
+    base = dataclasses.asdict(OPERATING_POINTS[values.pop("base")])
+    try:
+        return NetworkConfig.from_mapping({**base, "name": Path(name).stem, **values})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -73,19 +73,23 @@ def widen_channels(kernel: np.ndarray, bias: np.ndarray, fresh: tuple[np.ndarray
     return [wide_kernel, wide_bias]
 
 
-def transfer_weights(source: keras.Model, target: keras.Model) -> list[str]:
+def transfer_weights(source: keras.Model, target: keras.Model, prefix: str = "") -> list[str]:
     """Copies the convolutions that both networks have, by layer name, widening searches and channels.
 
     Every convolution's input channels are the output channels of one before it in the same order, so the known ones come
     first throughout, and the target begins with the source's flow at the levels that both decode.
 
+    Args:
+        prefix: what the names of the convolutions to copy begin with.
+
     Returns:
-        Names of the convolutions that ``target`` alone has; they keep their weights.
+        Names of the convolutions that were not copied; they keep their weights.
 
     Raises:
         ValueError: a layer of the same name is narrower, or its kernel has another size.
     """
-    known = {layer.name: layer for layer in source.layers if isinstance(layer, keras.layers.Conv2D)}
+    convolutions = (layer for layer in source.layers if isinstance(layer, keras.layers.Conv2D))
+    known = {layer.name: layer for layer in convolutions if layer.name.startswith(prefix)}
     fresh = []
     for layer in target.layers:
         if not isinstance(layer, keras.layers.Conv2D):

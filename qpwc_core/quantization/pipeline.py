@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from qpwc_core.data.pipeline import flow_samples, validation_samples
-from qpwc_core.model.config import NetworkConfig
+from qpwc_core.model.config import NetworkConfig, network_config, network_name
 from qpwc_core.model.network import build_network
 from qpwc_core.quantization import flatbuffer, parity
 from qpwc_core.quantization.calibration import calibrate
@@ -105,8 +105,8 @@ def find_weights(config: QuantizeConfig) -> Path:
         ValueError: there are none.
     """
     candidates = [
-        Path("out/train") / config.network / "best.weights.h5",
-        SHIPPED_WEIGHTS / f"{config.network}.weights.h5",
+        Path("out/train") / network_name(config.network) / "best.weights.h5",
+        SHIPPED_WEIGHTS / f"{network_name(config.network)}.weights.h5",
     ]
     if config.weights:
         candidates = [Path(config.weights)]
@@ -184,7 +184,7 @@ def export_fine_tuning(config: QuantizeConfig, directory: Path, target: Path) ->
     """
     if not config.steps or config.quantized_weights:
         raise ValueError("a bundle needs steps, and no quantized_weights: it is for fine-tuning")
-    point = loop.network_config(config.network)
+    point = network_config(config.network)
     weights = find_weights(config)
     loop.check_directory(directory, point)
     loop.write_config(directory, config, point)
@@ -202,7 +202,7 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
     Raises:
         ValueError: no weights, an unknown network, or a directory with another network's run.
     """
-    point = loop.network_config(config.network)
+    point = network_config(config.network)
     weights = find_weights(config)
     if config.quantized_weights and not Path(config.quantized_weights).is_file():
         raise ValueError(f"{config.quantized_weights}: no such file")
@@ -210,7 +210,7 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
     loop.write_config(directory, config, point)
 
     tuned = Path(config.quantized_weights) if config.quantized_weights else _fine_tuned(config, point, weights, directory)
-    paths = {precision: directory / f"{config.network}_{precision}.tflite" for precision in ("int8", "float32")}
+    paths = {precision: directory / f"{point.name}_{precision}.tflite" for precision in ("int8", "float32")}
     export_network(point, tuned, paths["int8"], quantized=True)
     export_network(point, weights, paths["float32"], quantized=False)
     samples = validation_samples(*config.validation_size, config.validation_count, config.validation_textures)

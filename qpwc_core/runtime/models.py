@@ -22,6 +22,8 @@ PRECISION_CHOICES = (*PRECISIONS, AUTO_PRECISION)
 
 #: Stands for what the model says of refining its flow.
 AUTO_REFINE = "auto"
+#: The value of an option that leaves the enlargement to the model, where None cannot be one.
+MODELS_ENLARGE = 0.0
 #: `FlowEstimator.load`'s `refine` by name, for parameters, which have one type. Not "on" and "off": ROS reads
 #: those as booleans.
 REFINE_CHOICES: Mapping[str, bool | None] = {AUTO_REFINE: None, "always": True, "never": False}

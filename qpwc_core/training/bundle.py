@@ -29,14 +29,13 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from qpwc_core.model.config import NetworkConfig
+from qpwc_core.model.config import NetworkConfig, network_config
 from qpwc_core.model.network import build_network
 from qpwc_core.training.bundle_runner import CHECKPOINT, DESCRIPTION, read_arrays, read_description
 from qpwc_core.training.loop import (
     TrainConfig,
     batch_signature,
     make_network,
-    network_config,
     start_from_data,
     trainer_of,
 )

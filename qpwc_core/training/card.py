@@ -11,8 +11,8 @@ import string
 from pathlib import Path
 from typing import Mapping
 
+from qpwc_core.model.config import network_config
 from qpwc_core.model.network import build_network
-from qpwc_core.training.loop import network_config
 from qpwc_core.training.recipe import Recipe, Stage
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "training" / "model_card.md"

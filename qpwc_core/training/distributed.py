@@ -24,6 +24,7 @@ import tf_keras as keras
 
 from qpwc_core import atomic
 from qpwc_core.data.pipeline import Batch, PipelineConfig, validation_samples, worker_batches
+from qpwc_core.model.config import network_config
 from qpwc_core.training.loop import (
     STATE,
     TrainConfig,
@@ -33,7 +34,6 @@ from qpwc_core.training.loop import (
     check_directory,
     check_strategy,
     make_network,
-    network_config,
     own_errors,
     save_weights,
     start_from_data,

@@ -14,7 +14,7 @@ import tf_keras as keras
 from qpwc_core.data.pipeline import Batch, PipelineConfig, batches
 from qpwc_core.data.scenes import SceneConfig
 from qpwc_core.data.triplets import TRIPLET_DATASETS, VideoConfig, triplet_stream
-from qpwc_core.model.config import NetworkConfig
+from qpwc_core.model.config import NetworkConfig, network_config
 from qpwc_core.model.interpolator import Interpolator, downscale, output_levels
 from qpwc_core.model.layers import PIXEL_SCALE, PIXEL_ZERO, normalize
 from qpwc_core.model.network import build_network
@@ -23,7 +23,6 @@ from qpwc_core.training.loop import (
     as_dataset,
     check_directory,
     fit_to_scenes,
-    network_config,
     own_errors,
     save_weights,
     write_config,

@@ -18,7 +18,7 @@ from qpwc_core.data.datasets import FLOW_DATASETS
 from qpwc_core.data.pipeline import PipelineConfig, flow_samples, validation_samples, worker_batches
 from qpwc_core.data.render import Sample
 from qpwc_core.data.scenes import SceneConfig
-from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
+from qpwc_core.model.config import NetworkConfig, network_config
 from qpwc_core.model.initialization import fit_embeddings, initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, full_flow
@@ -30,6 +30,9 @@ Builder = Callable[..., keras.Model]
 
 #: Pairs that a fresh network is initialized from.
 FRESH_PAIRS = 48
+
+#: Values of ``TrainConfig.initial_part``.
+INITIAL_PARTS = ("all", "encoder")
 
 #: Values of ``TrainConfig.strategy``.
 STRATEGIES = ("none", "mirrored", "multi-worker")
@@ -58,6 +61,8 @@ class TrainConfig:
             belong to, its search radii, its context network's channels (0: it has none) and its vote's gain (0: it has
             none), where any differs from this run's. What both have is taken over, see ``model.transfer``; the rest
             starts fresh.
+        initial_part: what is taken over of them, ``all`` or the ``encoder`` alone, without the matching features: for
+            comparing decoders at few steps, since an encoder takes most of the time to train.
         only_fresh: train only the layers that ``initial`` does not have: a new level on top of a trained network.
         frozen_levels: the encoder's levels 1 to this many keep the weights of ``initial``. They cost most of a step,
             having most pixels, and are the first to have learned what they can.
@@ -96,6 +101,7 @@ class TrainConfig:
     initial_radii: tuple[int, ...] = ()
     initial_context: tuple[int, ...] = ()
     initial_vote_gain: float | None = None
+    initial_part: str = dataclasses.field(default="all", metadata={"choices": INITIAL_PARTS})
     only_fresh: int = 0
     frozen_levels: int = 0
     reuse: int = 2
@@ -125,14 +131,17 @@ class TrainConfig:
             raise ValueError(f"endpoint_share must lie between 0 and 1, got {self.endpoint_share}")
         if not 0 < self.motion[0] <= self.motion[1]:
             raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
+        choices = dict(initial_part=INITIAL_PARTS, strategy=STRATEGIES, precision=PRECISIONS)
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.initial_vote_gain is not None and not self.initial:
             raise ValueError("initial_vote_gain needs initial, the weights it is about")
+        if self.initial_part != "all" and not self.initial:
+            raise ValueError("initial_part needs initial, the weights it is about")
         for name in ("initial_network", "initial_radii", "initial_context", "frozen_levels", "only_fresh"):
             if getattr(self, name) and not self.initial:
                 raise ValueError(f"{name} needs initial, the weights it is about")
-        for name, known in (("strategy", STRATEGIES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         self.pipeline()  # checks its own part
 
     def pipeline(self) -> PipelineConfig:
@@ -317,17 +326,6 @@ def fit(
     return best if best.exists() else directory / "last.weights.h5"
 
 
-def network_config(name: str) -> NetworkConfig:
-    """The operating point called ``name``.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in OPERATING_POINTS:
-        raise ValueError(f"unknown network {name!r}; known: {', '.join(OPERATING_POINTS)}")
-    return OPERATING_POINTS[name]
-
-
 def check_directory(directory: Path, network: NetworkConfig) -> None:
     """Lets a run resume only in a directory of its own network.
 
@@ -365,7 +363,7 @@ def load_initial(network: keras.Model, config: TrainConfig) -> list[str]:
     """Loads the weights that a run starts from.
 
     Returns:
-        Names of the convolutions that they do not have.
+        Names of the convolutions that they do not have, or that are not taken over.
 
     Raises:
         ValueError: they cannot be read, or belong to another network than said.
@@ -382,7 +380,7 @@ def load_initial(network: keras.Model, config: TrainConfig) -> list[str]:
         source.load_weights(config.initial)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{config.initial}: not weights of this network ({str(error).splitlines()[0]})") from error
-    return transfer_weights(source, network)
+    return transfer_weights(source, network, "encoder_" if config.initial_part == "encoder" else "")
 
 
 def freeze(network: keras.Model, config: TrainConfig, fresh: list[str]) -> None:

@@ -25,10 +25,11 @@ from typing import Any, Mapping
 
 from qpwc_core import evaluation
 from qpwc_core.data.datasets import FLOW_DATASETS
+from qpwc_core.model.config import network_config, network_name
 from qpwc_core.quantization.pipeline import QuantizeConfig
 from qpwc_core.runtime.models import PRECISIONS
 from qpwc_core.training.interpolation import PreTrainConfig
-from qpwc_core.training.loop import TrainConfig, network_config
+from qpwc_core.training.loop import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Stage:
     @property
     def models(self) -> dict[str, Path]:
         """The files that a ``quantize`` stage leaves, by precision."""
-        return {p: self.directory / f"{self.config.network}_{p}.tflite" for p in PRECISIONS}
+        return {p: self.directory / f"{network_name(self.config.network)}_{p}.tflite" for p in PRECISIONS}
 
 
 @dataclasses.dataclass(frozen=True)

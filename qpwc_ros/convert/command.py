@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         from qpwc_ros.convert.sources import Settings, items
     except ImportError as error:
         if error.name == "rosbags":
-            raise QpwcError("bag needs rosbags: pip install 'qpwc_ros[replay]'") from error
+            raise QpwcError("bag needs rosbags: pip install '.[replay]' in this project's directory") from error
         raise
     if args.output.exists():
         raise QpwcError(f"{args.output}: is there already")

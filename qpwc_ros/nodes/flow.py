@@ -21,7 +21,7 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from qpwc_core.runtime.models import AUTO_REFINE, REFINE_CHOICES
+from qpwc_core.runtime.models import AUTO_REFINE, MODELS_ENLARGE, REFINE_CHOICES
 from qpwc_ros import diagnostics
 from qpwc_ros.codec import MAX_PIXELS
 from qpwc_ros.faults import description, let_ctrl_c_pass, one_line
@@ -53,7 +53,7 @@ ESTIMATOR_PARAMETERS = (
     ),
     ParameterSpec(
         "enlarge",
-        0.0,
+        MODELS_ENLARGE,
         "How much larger than a small image the network's input should be; 1: small images are fast; 0: as the model "
         "says (1.3).",
         minimum=0.0,

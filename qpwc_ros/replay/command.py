@@ -9,9 +9,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qpwc_core.cli.common import add_refine_argument, positive_float, positive_int, print_table
+from qpwc_core.cli.common import (
+    add_enlarge_argument,
+    add_refine_argument,
+    positive_float,
+    positive_int,
+    print_table,
+)
 from qpwc_core.errors import QpwcError, UsageError
-from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISION_CHOICES, REFINE_CHOICES
+from qpwc_core.runtime.models import (
+    DEFAULT_PRECISION,
+    MODELS_ENLARGE,
+    PRECISION_CHOICES,
+    REFINE_CHOICES,
+)
 
 if TYPE_CHECKING:
     from qpwc_ros.replay.single import Options, Outcome
@@ -98,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a bundled model; auto: int8 where the processor is fast at it (default: %(default)s)",
     )
     add_refine_argument(estimator)
+    add_enlarge_argument(estimator)
     estimator.add_argument("--threads", type=positive_int, metavar="N", help="threads of the estimator")
     estimator.add_argument(
         "--compare",
@@ -163,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         extra = _OPTIONAL.get(error.name or "")
         if extra:
-            raise QpwcError(f"replay needs {error.name}: pip install 'qpwc_ros[{extra}]'") from error
+            raise QpwcError(f"replay needs {error.name}: pip install '.[{extra}]' in this project's directory") from error
         raise
     except OSError as error:
         if error.filename is None:  # as of a full disk: say what could not be written
@@ -232,6 +244,7 @@ def _options(args: argparse.Namespace) -> Options:
         model=args.model,
         precision=args.precision,
         refine=next(name for name, refine in REFINE_CHOICES.items() if refine is args.refine),
+        enlarge=MODELS_ENLARGE if args.enlarge is None else args.enlarge,
         threads=args.threads,
         compare=args.compare,
         truth=args.truth,

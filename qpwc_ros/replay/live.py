@@ -69,6 +69,7 @@ class NodeOptions:
     model: str | None = None
     precision: str | None = None
     refine: str | None = None
+    enlarge: float | None = None
     threads: int | None = None
     use_sim_time: bool = False
 
@@ -80,6 +81,7 @@ class NodeOptions:
             "model": self.model,
             "precision": self.precision,
             "refine": self.refine,
+            "enlarge": self.enlarge,
             "threads": self.threads,
             "use_sim_time": "true" if self.use_sim_time else None,
         }

@@ -13,7 +13,13 @@ import numpy as np
 from qpwc_core.classical import farneback
 from qpwc_core.errors import QpwcError, UsageError
 from qpwc_core.machine import default_threads
-from qpwc_core.runtime.models import AUTO_REFINE, DEFAULT_PRECISION, PRECISIONS, default_model
+from qpwc_core.runtime.models import (
+    AUTO_REFINE,
+    DEFAULT_PRECISION,
+    MODELS_ENLARGE,
+    PRECISIONS,
+    default_model,
+)
 from qpwc_ros.replay.run import SUBJECT
 
 FARNEBACK = "farneback"
@@ -62,7 +68,7 @@ class MethodSpec:
         model: bundled model's name or path; None for the default or where it means nothing.
         precision: "int8" or "float32", of a bundled model.
         threads: of the estimator; 0 leaves it the choice.
-        refine: one of REFINE_CHOICES, as the node's parameter.
+        refine, enlarge: as the node's parameters.
     """
 
     name: str
@@ -72,10 +78,16 @@ class MethodSpec:
     precision: str = DEFAULT_PRECISION
     threads: int = 0
     refine: str = AUTO_REFINE
+    enlarge: float = MODELS_ENLARGE
 
 
 def subject(
-    estimator: str, model: str | None, precision: str, threads: int, refine: str = AUTO_REFINE
+    estimator: str,
+    model: str | None,
+    precision: str,
+    threads: int,
+    refine: str = AUTO_REFINE,
+    enlarge: float = MODELS_ENLARGE,
 ) -> MethodSpec:
     """The method under test."""
     if estimator != TFLITE:
@@ -84,7 +96,7 @@ def subject(
         label = Path(model).stem
     else:
         label = f"{model or default_model()} {precision}"
-    return MethodSpec(SUBJECT, label, estimator, model, precision, threads, refine)
+    return MethodSpec(SUBJECT, label, estimator, model, precision, threads, refine, enlarge)
 
 
 def parse_comparison(text: str, threads: int) -> list[MethodSpec]:
@@ -154,6 +166,7 @@ def load(spec: MethodSpec) -> Estimator:
         "precision": spec.precision,
         "threads": spec.threads,
         "refine": spec.refine,
+        "enlarge": spec.enlarge,
     }
     estimator = kind({**options, **{parameter.name: parameter.default for parameter in kind.parameters}})
     estimator.warm_up()

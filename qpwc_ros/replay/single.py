@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpwc_core.machine import default_threads
-from qpwc_core.runtime.models import AUTO_REFINE, DEFAULT_PRECISION
+from qpwc_core.runtime.models import AUTO_REFINE, DEFAULT_PRECISION, MODELS_ENLARGE
+from qpwc_ros.faults import description
 from qpwc_ros.replay import evaluate, methods, pictures, report
 from qpwc_ros.replay.bag import Bag
 from qpwc_ros.replay.depth_truth import DepthSource, DepthTruth
@@ -43,6 +44,7 @@ class Options:
     model: str | None = None
     precision: str = DEFAULT_PRECISION
     refine: str = AUTO_REFINE
+    enlarge: float = MODELS_ENLARGE
     threads: int | None = None
     compare: str | None = None
     truth: str | None = None
@@ -186,7 +188,8 @@ def _offline(options: Options, bag: Bag, writer: ResultsWriter, directory: Path,
     threads = options.threads or 0
     if options.compare and not threads:
         threads = default_threads()  # the same for all, so that their times compare
-    specs = [methods.subject(options.estimator, options.model, options.precision, threads, options.refine)]
+    chosen = (options.estimator, options.model, options.precision, threads, options.refine, options.enlarge)
+    specs = [methods.subject(*chosen)]
     if options.compare:
         specs += methods.parse_comparison(options.compare, threads)
     loaded = {spec.name: methods.load(spec) for spec in specs}
@@ -201,8 +204,9 @@ def _offline(options: Options, bag: Bag, writer: ResultsWriter, directory: Path,
     )
     for spec in specs:
         done.methods[spec.name].label = spec.label
-        described = {k: v for k, v in loaded[spec.name].describe().items() if v}
-        done.methods[spec.name].facts = {"estimator": spec.estimator, **described}
+        described, _ = description(loaded[spec.name])
+        facts = {name: value for name, value in described.items() if value}
+        done.methods[spec.name].facts = {"estimator": spec.estimator, **facts}
     return done
 
 
@@ -214,7 +218,13 @@ def _live(options: Options, bag: Bag, writer: ResultsWriter, directory: Path, st
         writer,
         log=directory / "node.log",
         options=NodeOptions(
-            options.estimator, options.model, options.precision, options.refine, options.threads, options.sim_time
+            estimator=options.estimator,
+            model=options.model,
+            precision=options.precision,
+            refine=options.refine,
+            enlarge=options.enlarge,
+            threads=options.threads,
+            use_sim_time=options.sim_time,
         ),
         running_node=options.node,
         image_topic=options.image_topic,
