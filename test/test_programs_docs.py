@@ -63,7 +63,7 @@ class Program:
         left: what is there afterwards, a pattern; {o} stands for the value of -o.
         o: that value where a command has none.
         said: what it says when it is done, a pattern.
-        fresh: what is removed before, or it would be resumed.
+        fresh: directories that are removed before, or it would be resumed.
         eager: whether TensorFlow's functions can be run operation by operation.
         needs: packages without which there is nothing to run.
     """
@@ -79,7 +79,7 @@ class Program:
 
 PROGRAMS = {
     "training/train.py": Program(
-        TRAIN, "{o}/last.weights.h5", "out/train/qpwc_fast", "best weights", "out/train", needs=KERAS
+        TRAIN, "{o}/last.weights.h5", "out/train/qpwc_fast", "best weights", "out/train out/networks", needs=KERAS
     ),
     "training/pre_train.py": Program(
         f"{STEP} --warmup 1",
@@ -114,6 +114,11 @@ PROGRAMS = {
     "training/ablation.py": Program(
         "--pairs 1 --calibration-pairs 2 --rows float",
         "docs/results/ablation_*.csv",
+        needs=(*KERAS, "tensorflow_model_optimization"),
+    ),
+    "training/compare_networks.py": Program(
+        "--size 64 64 --repeats 1 --calibration-pairs 2",
+        "docs/results/networks.md",
         needs=(*KERAS, "tensorflow_model_optimization"),
     ),
     "benchmarks/interpolation.py": Program("--count 1 --methods average", said=r"dis-warp .*\naverage .*"),
@@ -249,6 +254,8 @@ def inputs(tmp_path_factory, small) -> Path:
     np.savez(folder / "data/motorcycle/motorcycle_disp.npz", np.full((HEIGHT, WIDTH), 6, np.float32))
     shutil.copy(ROOT / "models" / "qpwc_fast_int8.tflite", folder / "mine.tflite")
     shutil.copytree(ROOT / "config", folder / "config")
+    for path in (folder / "config/networks").glob("*.yaml"):  # what is different there does not fit a single level
+        path.write_text("base: qpwc_fast\nmatch_channels: 5\n")
     for name in ("pretrained", "scratch"):
         run = folder / "out/train" / name
         run.mkdir(parents=True)
@@ -269,7 +276,12 @@ def write_trained(folder: Path) -> None:
     network = build_network(point, HEIGHT, WIDTH)
     pretrained = folder / "out/pre_train/qpwc_fast"
     runs = (f"out/{run}/best" for run in ("train/mine", "train/qpwc_fast", "pre_train/qpwc_fast"))
-    for name in ("models/qpwc_fast", "models/qpwc", "RUN_2", *runs):
+    compared = ("qpwc_fast", "match_16")
+    for name in compared:
+        run = folder / "out/networks" / name
+        loop.write_config(run, loop.TrainConfig(batch=2, steps=1), point)
+        (run / "history.csv").write_text("step,validation_epe\n1,8.0\n")
+    for name in ("models/qpwc_fast", "models/qpwc", "RUN_2", *runs, *(f"out/networks/{name}/last" for name in compared)):
         path = folder / f"{name}.weights.h5"
         path.parent.mkdir(parents=True, exist_ok=True)
         network.save_weights(path)
@@ -334,8 +346,8 @@ def test_a_program_does_what_the_page_says(command, inputs, small, tmp_path, mon
     if "--weights-from" not in given:  # which only converts what is there
         more = [program.cut, *(cut for word, cut in CUT_WITH.items() if word in given)]
         words += " ".join(more).split()
-        if program.fresh:
-            shutil.rmtree(program.fresh, ignore_errors=True)
+        for folder in program.fresh.split():
+            shutil.rmtree(folder, ignore_errors=True)
     if script.startswith("benchmarks/"):
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *words[1:]], capture_output=True, text=True, timeout=200
