@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qpwc_core import FlowEstimator, FrameInterpolator
-from qpwc_core.cli.common import positive_int, print_table
+from qpwc_core.cli.common import positive_int, print_table, thread_count
 from qpwc_core.data.frames import open_frames
 from qpwc_core.data.triplets import Triplet, VideoConfig, video_triplets
+from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
 from qpwc_core.evaluation import CLASSICAL, Estimate
 from qpwc_core.geometry import warp_image
@@ -101,7 +102,7 @@ def main() -> int:
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="file, recording or directory of pictures")
     parser.add_argument("--methods", nargs="+", default=DEFAULT, metavar="METHOD", help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--count", type=positive_int, default=20, help="triplets of each video (default: %(default)s)")
-    parser.add_argument("--threads", type=positive_int, default=2, help="default: %(default)s")
+    parser.add_argument("--threads", type=thread_count, default=2, help="default: %(default)s")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write VIDEO_000_prev.png, VIDEO_000_next.png, … there")
     parser.add_argument(
         "--given", action="append", default=[], metavar="NAME=DIR", help="DIR has the frames in between: VIDEO_000.png, …"
@@ -131,9 +132,15 @@ def main() -> int:
                 for name, directory in given.items():
                     made = read_image(Path(directory) / f"{stem}.png")
                     scores[name].setdefault(path.stem, []).append(psnr(made, middle))
-    except (OSError, ValueError, QpwcError) as error:
+        print_scores(scores, seconds)
+    except (OSError, ValueError, cv2.error, QpwcError) as error:
         print(f"interpolation: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def print_scores(scores: dict[str, dict[str, list[float]]], seconds: dict[str, float]) -> None:
+    """The table: PSNR by method and video, and the methods' times."""
     rows = []
     for name, videos in scores.items():
         means = [float(np.mean(values)) for values in videos.values()]
@@ -141,8 +148,7 @@ def main() -> int:
         rows.append([name, *(f"{mean:.2f}" for mean in means), f"{np.mean(means):.2f}", ratio])
     counts = [f"{video} ({len(values)})" for video, values in scores[BASELINE].items()]
     print_table(rows, ["PSNR, dB", *counts, "mean", f"time / {BASELINE}"])
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -23,14 +23,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path that takes the place of `path` if the block succeeds.
 
     On any exception the temporary file is removed and `path` is as it was.
+
+    Raises:
+      OSError: The file cannot be written; it names `path`.
     """
     target = Path(os.path.realpath(path))  # a link stays a link, its target is replaced
     temporary = temporary_sibling(target)
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with errors_naming(path, temporary):
+            yield temporary
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_naming(path: str | os.PathLike[str], temporary: Path) -> Iterator[None]:
+    """Makes an OSError about `temporary`, or about no file, as a full disk gives, one about `path`.
+
+    The temporary name tells the user nothing, and is gone by the time it is read.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, os.fspath(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from qpwc_core.errors import QpwcError
 
+MAX_THREADS = 256
+"""Most threads that may be asked for; with many times as many, starting them hangs or crashes."""
+
 
 def describe_machine() -> dict[str, str]:
     """Processor, cores, system and versions, as "what" → "which", in the order to print them."""

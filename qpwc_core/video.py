@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from qpwc_core.atomic import temporary_sibling
+from qpwc_core.atomic import errors_naming, temporary_sibling
 from qpwc_core.errors import FormatError, QpwcError
 
 # Codecs by file suffix, best first. H.264 and VP9 play in browsers; which of them an OpenCV can encode
@@ -25,6 +26,11 @@ VIDEO_SUFFIXES = tuple(_CODECS)
 
 _DEFAULT_FPS = 30.0
 
+# Some containers (WebM, Matroska) do not count their frames; OpenCV estimates them from rate and duration. Only
+# what lacks more than such an estimate is wrong by counts as cut off.
+_LEAST_SHARE = 0.9
+_LEAST_MISSING = 2
+
 
 class VideoReader:
     """The frames of a video file, in order; a context manager.
@@ -34,6 +40,7 @@ class VideoReader:
       fps: Frames per second; 30 where the file does not say.
       width, height: Size of the frames, in pixels.
       frame_count: Number of frames the file claims to have, 0 where it does not say.
+      frames_read: Number of frames read so far.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,6 +52,7 @@ class VideoReader:
         """
         self.path = Path(path)
         self.path.stat()
+        _check_name(self.path)
         self._capture = cv2.VideoCapture(os.fspath(path))
         if not self._capture.isOpened():
             raise FormatError(f"{path}: not a video that can be read")
@@ -53,14 +61,30 @@ class VideoReader:
         self.width = int(self._capture.get(cv2.CAP_PROP_FRAME_WIDTH))
         self.height = int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
         self.frame_count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        self.frames_read = 0
+        self._ended = False
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields the frames not yet read, uint8 (height, width, 3) RGB."""
         while True:
             ok, frame = self._capture.read()
             if not ok:
+                self._ended = True
                 return
+            self.frames_read += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the file came to its end clearly before the frames it claims to have: cut off, or damaged.
+
+        False as long as there may be more to read. An MP4 file that is whole is not cut off: it may be meant to
+        show fewer frames than it has, as after trimming on a phone.
+        """
+        missing = self.frame_count - self.frames_read
+        if not self._ended or missing < _LEAST_MISSING or self.frames_read >= _LEAST_SHARE * self.frame_count:
+            return False
+        return not _is_whole_mp4(self.path)
 
     def close(self) -> None:
         """Closes the file."""
@@ -96,7 +120,7 @@ class VideoWriter:
             encode, else MPEG-4 ("mp4v"), which is also the fastest.
 
         Raises:
-          FormatError: Unknown suffix, or no codec works.
+          FormatError: Unknown suffix, a name that OpenCV cannot be told, or no codec works.
           OSError: The directory does not exist or cannot be written.
           ValueError: `fps` or `size` is not positive.
         """
@@ -108,13 +132,15 @@ class VideoWriter:
         suffix = self.path.suffix.lower()
         if suffix not in _CODECS:
             raise FormatError(f"{path}: a video file ends in {', '.join(VIDEO_SUFFIXES)}, not {suffix!r}")
+        _check_name(self.path)
         self._shape = (size[1], size[0], 3)
         self._even = (size[0] // 2 * 2, size[1] // 2 * 2)
         self._frames = 0
         self._temporary = temporary_sibling(self.path)
         self._writer: cv2.VideoWriter | None = None
         try:
-            self._temporary.touch()  # raises the OSError that OpenCV would keep to itself
+            with errors_naming(path, self._temporary):
+                self._temporary.touch()  # raises the OSError that OpenCV would keep to itself
             for self.codec in (codec,) if codec else _CODECS[suffix]:
                 fourcc = cv2.VideoWriter_fourcc(*self.codec)
                 self._writer = cv2.VideoWriter(os.fspath(self._temporary), fourcc, fps, self._even)
@@ -136,20 +162,21 @@ class VideoWriter:
         self._frames += 1
 
     def close(self) -> None:
-        """Finishes the file and puts it in its place.
+        """Finishes the file and puts it in its place, having read it back.
+
+        Reading back takes a small part of the time that encoding took.
 
         Raises:
           QpwcError: The file did not come out whole, as on a full disk; what was at `path` stays.
+          OSError: What is at `path` cannot be replaced.
         """
         try:
             self._writer.release()
-            # OpenCV does not report failed writes; a file that lacks its end does not open.
-            check = cv2.VideoCapture(os.fspath(self._temporary))
-            complete = check.isOpened() and check.read()[0]
-            check.release()
-            if not complete:
+            # OpenCV does not report failed writes, and a file that lacks its end may open all the same.
+            if not 0 < self._frames <= _readable_frames(self._temporary):
                 raise QpwcError(f"{self.path}: the video of {self._frames} frames could not be written")
-            os.replace(self._temporary, self.path)
+            with errors_naming(self.path, self._temporary):
+                os.replace(self._temporary, self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
 
@@ -167,3 +194,42 @@ class VideoWriter:
             self.close()
         else:
             self.abort()
+
+
+def _check_name(path: Path) -> None:
+    """Raises FormatError where a name is not UTF-8: OpenCV crashes on it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        printable = os.fsencode(path).decode(errors="backslashreplace")
+        raise FormatError(f"{printable}: OpenCV needs the path of a video to be UTF-8") from error
+
+
+def _readable_frames(path: Path) -> int:
+    """How many frames of a video can be decoded."""
+    capture = cv2.VideoCapture(os.fspath(path))
+    count = 0
+    while capture.grab():  # decodes, but spares making an image of it
+        count += 1
+    capture.release()
+    return count
+
+
+def _is_whole_mp4(path: Path) -> bool:
+    """Whether a file is MP4 or QuickTime, and all of the boxes that it consists of are there to their end."""
+    end = path.stat().st_size
+    position = 0
+    with path.open("rb") as file:
+        while position < end:
+            file.seek(position)
+            header = file.read(16).ljust(16, b"\0")
+            length, kind, long_length = struct.unpack(">I4sQ", header)
+            if position == 0 and kind != b"ftyp":
+                return False
+            if length == 0:  # up to the end of the file
+                return True
+            length = long_length if length == 1 else length
+            if length < 8:
+                return False
+            position += length
+    return position == end

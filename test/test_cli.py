@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -147,16 +148,26 @@ def test_help_lists_every_command(capsys):
         (["flow", "a.png", "b.png", "-o", "out.flo", "--color", "out.doc"], "out.doc"),
         (["flow", "a.png", "b.png", "-o", "a.png"], "a.png"),
         (["flow", "a.png", "b.png", "-o", "c.png", "--color", "./c.png"], "c.png"),
+        (["flow", "a.png", "b.png", "-o", "none/out.flo"], "none/out.flo: the directory"),
+        (["flow", "a.png", "b.png", "-o", "out.flo", "--color", "a.png/out.png"], "a.png/out.png: the directory"),
         (["flow", "a.png", "b.png", "-o", "out.flo", "--threads", "0"], "threads"),
+        (["flow", "a.png", "b.png", "-o", "out.flo", "--threads", "257"], "from 1 to 256, got '257'"),
+        (["video", "in.mp4", "-o", "out.mp4", "--threads", "99999999999"], "from 1 to 256"),
+        (["bench", "--threads", "40000"], "from 1 to 256"),
         (["flow", "a.png", "b.png", "-o", "out.flo", "--threads", "two"], "two"),
         (["flow", "a.png", "b.png", "-o", "out.flo", "--precision", "int4"], "int4"),
         (["interpolate", "a.png", "b.png", "-o", "c.png", "--t", "1"], "'1'"),
         (["interpolate", "a.png", "b.png", "-o", "c.png", "--t", "nan"], "nan"),
+        (["interpolate", "a.png", "b.png", "-o", "none/c.png"], "none/c.png: the directory"),
         (["video", "in.mp4", "-o", "out.txt"], "out.txt"),
+        (["video", "in.mp4", "-o", "none/out.mp4"], "none/out.mp4: the directory"),
         (["video", "in.mp4", "-o", "in.mp4"], "in.mp4"),
         (["video", "in.mp4", "-o", "out.mp4", "--what", "nothing"], "nothing"),
         (["bench", "--size", "640"], "640"),
         (["bench", "--size", "8x8"], "8x8"),
+        (["bench", "--size", "640x-480"], "640x-480"),
+        (["bench", "--size", "640x8193"], "from 32 to 8192"),
+        (["bench", "--size", "99999999999x99999999999"], "from 32 to 8192"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(here, capsys, argv, word):
@@ -182,9 +193,74 @@ def test_bad_input_is_one_line_and_exit_code_1(here, capsys):
     ]:
         assert word in fails(capsys, 1, "flow", *argv, "-o", "out.flo")
         assert word in fails(capsys, 1, "interpolate", *argv, "-o", "out.png")
-    assert "none" in fails(capsys, 1, "flow", "a.png", "b.png", "-o", "none/out.flo")
     assert "text.tflite" in fails(capsys, 1, "bench", "--model", "text.tflite")
     assert sorted(os.listdir()) == before
+
+
+def test_an_output_that_is_a_directory_is_noticed_before_the_work(video, capsys):
+    for name, argv in [
+        ("dir.flo", ["flow", "none.png", "none.png"]),
+        ("dir.png", ["interpolate", "none.png", "none.png"]),
+        ("dir.avi", ["video", "none.mp4"]),
+    ]:
+        os.mkdir(name)
+        os.symlink(name, f"link{name}")
+        for output in (name, f"link{name}"):
+            assert f"{output}: is a directory" in fails(capsys, 2, *argv, "-o", output)
+        assert os.listdir(name) == []
+
+
+def test_a_full_disk_is_one_line_that_names_the_output(here, capsys):
+    outputs = {"flow": "out.flo", "interpolate": "out.png"}
+    for output in outputs.values():
+        (here / output).write_bytes(b"precious")
+    before = sorted(os.listdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for command, output in outputs.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            line = fails(capsys, 1, command, "a.png", "b.png", "-o", output)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert line.startswith(f"qpwc: error: {output}: ")
+        assert (here / output).read_bytes() == b"precious"
+    assert sorted(os.listdir()) == before
+
+
+def test_images_too_wide_to_warp_are_one_line(here, capsys):
+    write_image("wide.png", np.zeros((32, 32_767, 3), np.uint8))
+    pair = ["wide.png", "wide.png"]
+    assert "wide.png: 32767x32 is too large" in fails(capsys, 1, "interpolate", *pair, "-o", "c.png")
+    assert main(["flow", *pair, "-o", "wide.flo"]) == 0  # refined at half the size
+    write_image("wide.png", np.zeros((32, 65_533, 3), np.uint8))
+    assert "at most 65532 pixels" in fails(capsys, 1, "flow", *pair, "-o", "c.flo")
+    assert main(["flow", *pair, "-o", "wide.flo", "--no-refine"]) == 0
+
+
+def test_a_video_that_is_cut_off_gives_what_can_be_read_and_is_a_failure(here, capsys):
+    frames = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8)
+    with VideoWriter("in.avi", 10, (64, 64)) as writer:
+        for frame in frames:
+            writer.write(frame)
+    command = ["video", "in.avi", "-o", "out.avi", "--model", "qpwc_fast"]
+    assert main(command) == 0
+    assert "error" not in capsys.readouterr().err
+    os.truncate("in.avi", os.path.getsize("in.avi") // 2)
+    os.remove("out.avi")
+    assert main(command) == 1
+    lines = capsys.readouterr().err.splitlines()
+    readable = len(list(VideoReader("in.avi")))
+    assert 2 <= readable < 8
+    assert lines[-1] == f"qpwc: error: in.avi: cut off or damaged: {readable} of 12 frames could be read"
+    assert len(list(VideoReader("out.avi"))) == readable - 1
+
+
+def test_videos_whose_names_are_not_utf_8_are_one_line(video, capsys):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    assert r"caf\xe9.mp4" in fails(capsys, 1, "video", "in.mp4", "-o", name)
+    video.rename(video.with_name(name))
+    assert r"caf\xe9.mp4" in fails(capsys, 1, "video", name, "-o", "out.mp4")
+    assert sorted(os.listdir()) == sorted(["a.png", "b.png", name])
 
 
 def test_bad_videos_are_one_line_and_keep_the_old_output(video, capsys):

@@ -1,3 +1,9 @@
+import contextlib
+import os
+import resource
+import struct
+
+import numpy as np
 import pytest
 from core_scenes import shifted, texture
 
@@ -10,6 +16,12 @@ from qpwc_core.video import VideoReader, VideoWriter
 def frames():
     canvas = texture(120, 160, smoothness=6)
     return [shifted(canvas, 2 * i, 0, 80, 96) for i in range(5)]
+
+
+@pytest.fixture
+def noise():
+    """Frames that no codec makes small."""
+    return list(np.random.default_rng(0).integers(0, 256, (20, 80, 96, 3), np.uint8))
 
 
 def write(path, frames, fps=25.0, **options):
@@ -66,6 +78,121 @@ def test_an_incomplete_file_does_not_replace(tmp_path, frames):
     with pytest.raises(QpwcError, match=r"a\.mp4"):
         writer.close()
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"precious"]
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can become larger than `size` bytes, as when no more are left on the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("suffix, codec", [(".avi", "MJPG"), (".webm", "VP80"), (".mp4", "mp4v")])
+def test_a_full_disk_keeps_the_old_video(tmp_path, noise, suffix, codec):
+    """Also where the file opens, and shows its first frames, without its end."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"precious")
+    write(tmp_path / f"whole{suffix}", noise, codec=codec)
+    size = (tmp_path / f"whole{suffix}").stat().st_size
+    with full_disk(size // 2), pytest.raises(QpwcError, match=rf"a\{suffix}: the video of 20 frames could not"):
+        write(path, noise, codec=codec)
+    assert path.read_bytes() == b"precious"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_error_of_the_disk_names_the_video_and_not_its_temporary_file(tmp_path, frames):
+    for path, occupied in ((tmp_path / "none" / "a.avi", False), (tmp_path / "a.avi", True)):
+        if occupied:
+            path.mkdir()
+        with pytest.raises(OSError) as failure:
+            write(path, frames)
+        assert failure.value.filename == str(path) and ".a-" not in str(failure.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.avi"]
+
+
+@pytest.mark.parametrize("suffix, codec", [(".avi", "MJPG"), (".webm", "VP80")])
+def test_a_video_that_is_cut_off_is_told_from_one_that_is_whole(tmp_path, noise, suffix, codec):
+    path = tmp_path / f"a{suffix}"
+    write(path, noise, codec=codec)
+    with VideoReader(path) as video:
+        assert not video.cut_off  # nothing has been read yet
+        next(iter(video))
+        assert not video.cut_off and video.frames_read == 1  # whoever stops early knows
+    with VideoReader(path) as video:
+        assert len(list(video)) == video.frames_read == video.frame_count == 20
+        assert not video.cut_off
+    os.truncate(path, path.stat().st_size // 2)
+    with VideoReader(path) as video:
+        next(iter(video))
+        assert not video.cut_off
+        assert 1 <= len(list(video)) < 15
+        assert video.cut_off and video.frame_count == 20
+
+
+@pytest.mark.parametrize(
+    "claimed, read, cut_off",
+    [(0, 5, False), (5, 5, False), (6, 5, False), (7, 5, True), (100, 90, False), (100, 89, True), (3, 5, False)],
+)
+def test_an_estimate_of_the_frames_may_be_a_little_wrong(tmp_path, frames, claimed, read, cut_off):
+    write(tmp_path / "a.avi", frames)
+    with VideoReader(tmp_path / "a.avi") as video:
+        assert len(list(video)) == 5
+        video.frame_count, video.frames_read = claimed, read
+        assert video.cut_off is cut_off
+
+
+def boxes(content):
+    """(kind, bytes) of each of an MP4 file's boxes."""
+    position = 0
+    while position < len(content):
+        length, kind = struct.unpack(">I4s", content[position : position + 8])
+        yield kind, content[position : position + length]
+        position += length
+
+
+def test_an_mp4_file_that_is_whole_may_show_fewer_frames_than_it_has(tmp_path, noise):
+    """Those that were trimmed do; their last boxes, and so a cut, are elsewhere."""
+    path = tmp_path / "a.mp4"
+    write(path, noise, codec="mp4v")
+    content = path.read_bytes()
+    edit = content.index(b"elst") + 12  # behind version, flags and number of entries
+    (duration,) = struct.unpack(">I", content[edit : edit + 4])
+    path.write_bytes(content[:edit] + struct.pack(">I", duration // 2) + content[edit + 4 :])
+    with VideoReader(path) as video:
+        assert len(list(video)) == 10 and video.frame_count == 20
+        assert not video.cut_off
+
+    # The index in front, as for the web: such a file opens without its end.
+    parts = dict(boxes(content))
+    index = bytearray(parts.pop(b"moov"))
+    table = index.index(b"stco") + 8
+    (count,) = struct.unpack(">I", index[table : table + 4])
+    for place in range(table + 4, table + 4 + 4 * count, 4):
+        (offset,) = struct.unpack(">I", index[place : place + 4])
+        index[place : place + 4] = struct.pack(">I", offset + len(index))
+    web = parts.pop(b"ftyp") + bytes(index) + b"".join(parts.values())
+    for share, cut_off in ((1, False), (0.5, True)):
+        path.write_bytes(web[: int(share * len(web))])
+        with VideoReader(path) as video:
+            assert (len(list(video)) < 20) is cut_off
+            assert video.cut_off is cut_off
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_letters_that_print(tmp_path, frames):
+    """OpenCV crashes on it."""
+    write(tmp_path / "a.avi", frames)
+    path = tmp_path / os.fsdecode(b"caf\xe9.avi")
+    with pytest.raises(FormatError, match=r"caf\\xe9\.avi.*UTF-8") as failure:
+        write(path, frames)
+    str(failure.value).encode()
+    (tmp_path / "a.avi").rename(path)
+    with pytest.raises(FormatError, match=r"caf\\xe9\.avi.*UTF-8"):
+        VideoReader(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_bad_arguments_are_named(tmp_path, frames):

@@ -648,6 +648,22 @@ def test_recordings_that_cannot_be_read_are_named(tmp_path):
         open_frames(tmp_path / "cut.mcap")
 
 
+def test_a_recording_damaged_anywhere_is_read_or_named(tmp_path):
+    pytest.importorskip("rosbags")
+    write_bag(tmp_path / "bag", "rgb8", frames(3))
+    whole = (tmp_path / "bag" / "bag.mcap").read_bytes()
+    path, named = tmp_path / "damaged.mcap", 0
+    for start in range(8, len(whole) - 40, len(whole) // 60):
+        path.write_bytes(whole[:start] + b"\xff" * 40 + whole[start + 40 :])
+        try:
+            with open_frames(path) as source:
+                assert all(frame.shape == (HEIGHT, WIDTH, 3) for frame in source)
+        except FormatError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            named += 1
+    assert named
+
+
 def test_pairs_name_themselves():
     assert Pair(Path("/a/alley_1/frame_0001.png"), Path("x"), Path("y")).name == "alley_1/frame_0001"
     assert set(datasets.STEREO_PAIRS) == {"motorcycle", "aloe"}

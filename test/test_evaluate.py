@@ -16,6 +16,7 @@ from core_scenes import constant_flow, shifted, texture
 
 from qpwc_core import evaluation
 from qpwc_core.data.render import Sample
+from qpwc_core.ending import end_with
 from qpwc_core.errors import FormatError, ModelError
 from qpwc_core.evaluation import HeldSample
 from qpwc_core.flow_io import write_flow
@@ -306,6 +307,20 @@ def test_what_fails_is_one_line(capsys, options, message):
     assert program().main(["--methods", "zero", *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith("evaluate: ") and message in error and error.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_program_without_a_traceback(capsys):
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    for main, code in ((interrupted, 130), (lambda: 3, 3)):
+        with pytest.raises(SystemExit) as caught:
+            end_with(main)
+        assert caught.value.code == code
+    assert capsys.readouterr() == ("", "")
+    for path in PROGRAM.parent.glob("*.py"):
+        text = path.read_text()
+        assert "    end_with(main)\n" in text or "except KeyboardInterrupt" in text, path.name
 
 
 @pytest.mark.parametrize("options", [["--data", "sintel-clean"], ["--data", "sintl"], ["--count", "0"]])

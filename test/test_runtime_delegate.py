@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
+from numpy.linalg import _umath_linalg  # a shared library that is no delegate
 
 from qpwc_core import Delegate, FlowEstimator
 from qpwc_core.errors import ModelError, QpwcError
@@ -73,14 +76,34 @@ def test_a_delegate_that_refuses_is_named_with_its_reason(library):
         FlowEstimator.load(delegate=Delegate(library))
 
 
+@pytest.fixture
+def unraisable(monkeypatch) -> list:
+    """What Python says "Exception ignored in" of."""
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    return ignored
+
+
 @pytest.mark.parametrize("content", [None, b"not a library"])
-def test_what_is_no_library_is_named(tmp_path, content):
+def test_what_is_no_library_is_named(tmp_path, unraisable, content):
     path = tmp_path / "libnpu.so"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(QpwcError, match=f"{path}: cannot be used as a delegate") as failure:
         FlowEstimator.load(delegate=Delegate(str(path)))
     assert "\n" not in str(failure.value)
+    del failure
+    gc.collect()
+    assert not unraisable
+
+
+def test_a_library_that_is_no_delegate_is_named(unraisable):
+    path = _umath_linalg.__file__
+    with pytest.raises(QpwcError, match=f"{path}: cannot be used as a delegate .*tflite_plugin_") as failure:
+        FlowEstimator.load(delegate=Delegate(path))
+    del failure
+    gc.collect()
+    assert not unraisable
 
 
 def test_dot_products_decide_for_int8_without_measuring(monkeypatch):

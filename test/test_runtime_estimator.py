@@ -301,7 +301,7 @@ def test_features_of_different_input_sizes_are_refused(estimator):
         estimator.match(small, large)
 
 
-@pytest.mark.parametrize("threads", [0, -1])
+@pytest.mark.parametrize("threads", [0, -1, 257, 99_999_999_999])
 def test_bad_threads_are_named(threads):
     with pytest.raises(ValueError, match=str(threads)):
         FlowEstimator.load(threads=threads)

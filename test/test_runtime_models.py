@@ -78,6 +78,20 @@ def test_truncated_models_are_refused(tmp_path, bundled, part):
     refusal(tmp_path / "a.tflite", bundled[: int(len(bundled) * part)])
 
 
+@pytest.mark.parametrize("model, quarters", [("qpwc", 1), ("qpwc_fast", 1), ("qpwc_fast", 2)])
+def test_a_model_whose_weights_are_damaged_is_refused_when_it_runs(tmp_path, model, quarters):
+    """Loading does not show it; the network then looks for things where nothing is, or gives no numbers."""
+    content = bytearray(find_model(model, "float32").read_bytes())
+    start = quarters * len(content) // 16 * 4
+    content[start : start + 4096] = 4096 * b"\xff"
+    path = tmp_path / "a.tflite"
+    path.write_bytes(content)
+    estimator = FlowEstimator.load(path)
+    with pytest.raises(ModelError, match=f"{path}: cannot be run") as error:
+        estimator(*np.zeros((2, 64, 64, 3), np.uint8))
+    assert "\n" not in str(error.value)
+
+
 def test_other_files_are_refused(tmp_path):
     assert "not a .tflite" in refusal(tmp_path / "a.tflite", b"hello, this is no model at all")
     assert "damaged" in refusal(tmp_path / "a.tflite", b"\xff\xff\xff\x7fTFL3" + bytes(40))

@@ -95,3 +95,31 @@ def test_the_program(tmp_path):
     mean = network()
     mean.load_weights(tmp_path / "mean.weights.h5")
     assert all(np.all(weight == 1.0) for weight in mean.get_weights())
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("nan", "holds weights that are no finite numbers"),
+        ("empty", "holds no weights"),
+        ("damaged", "damaged"),
+    ],
+)
+def test_what_cannot_be_averaged_is_named_and_the_output_stays(tmp_path, kind, reason):
+    h5py = pytest.importorskip("h5py")
+    good, bad, output = saved(tmp_path / "good.weights.h5", 1.0), tmp_path / "bad.h5", tmp_path / "mean.h5"
+    output.write_bytes(b"before")
+    if kind == "nan":
+        saved(bad.with_suffix(".weights.h5"), float("nan")).rename(bad)
+    else:
+        with h5py.File(bad, "w") as file:
+            if kind == "damaged":
+                file["layer/vars/0"] = np.ones(1000)
+    if kind == "damaged":
+        content = bytearray(bad.read_bytes())
+        at = content.index(b"HEAP")  # the names of a group
+        content[at : at + 4] = b"????"
+        bad.write_bytes(content)
+    with pytest.raises(ValueError, match=f"bad.h5: {reason}"):
+        average_weights([good, bad], output)
+    assert output.read_bytes() == b"before"

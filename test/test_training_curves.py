@@ -112,6 +112,16 @@ def test_missing_and_binary_files_are_named(tmp_path, capsys):
         read_curve(tmp_path / "picture.csv")
 
 
+def test_a_table_is_not_drawn_over(tmp_path, capsys):
+    table = write(tmp_path / "history.png", "step,validation_epe,validation_zero_flow", "1,2,3")
+    before = table.read_text()
+    assert program()([str(table), "-o", str(table), "--batch", "1"]) == 1
+    assert "would overwrite another file" in capsys.readouterr().err and table.read_text() == before
+    with pytest.raises(SystemExit):
+        program()([str(table), "-o", str(tmp_path / "curves.csv")])
+    assert "must end in .png" in capsys.readouterr().err
+
+
 def test_labels_have_to_fit(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         program()([str(tmp_path / "a.csv"), "-o", "x.png", "--labels", "a", "b"])

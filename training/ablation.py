@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import functools
 import importlib
+import io
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+
+from qpwc_core import atomic
+from qpwc_core.ending import end_with
 
 ROWS = ("float", "plain", "calibration", "shipped", "16x8", "groups", "flow", "qat", "quantizer")
 FIELDS = ("row", "epe", "ratio", "worst_ratio", "difference", "size_mb", "note")
@@ -339,10 +343,11 @@ def write(rows: list[dict[str, str]], directory: Path, network: str, command: st
     """The table as ``ablation_NETWORK.csv`` and ``.md``."""
     directory.mkdir(parents=True, exist_ok=True)
     table, page = (directory / f"ablation_{network}.{kind}" for kind in ("csv", "md"))
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, FIELDS)
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.write_bytes(table, text.getvalue().encode())
     lines = [
         f"# What int8 costs: {network}", "",
         f"`{command}`", "",
@@ -352,7 +357,7 @@ def write(rows: list[dict[str, str]], directory: Path, network: str, command: st
         "|---|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     lines += ["| " + " | ".join(row[field] for field in FIELDS) + " |" for row in rows]
-    page.write_text("\n".join(lines) + "\n")
+    atomic.write_bytes(page, ("\n".join(lines) + "\n").encode())
     return [table, page]
 
 
@@ -396,4 +401,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

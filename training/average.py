@@ -15,6 +15,8 @@ from pathlib import Path
 # The package beside this program, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qpwc_core.ending import end_with
+from qpwc_core.errors import QpwcError
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         average_weights(args.weights, args.output)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, QpwcError) as error:
         print(f"average: {error}", file=sys.stderr)
         return 1
     print(args.output)
@@ -34,4 +36,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

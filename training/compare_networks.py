@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import shlex
 import sys
@@ -24,9 +25,15 @@ from pathlib import Path
 # The package beside this program, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qpwc_core import atomic
+from qpwc_core.ending import end_with
+from qpwc_core.errors import QpwcError
+
 FIELDS = ("network", "parameters", "multiply_adds", "time", "pairs", "epe_half_way", "epe", "ratio")
-# Of a run's options, those that name the network or may differ without changing what is compared: one network with several
-# seeds shows how much is chance.
+# Of a run's options, those that the page tells.
+NEEDED = ("batch", "height", "width", "motion", "textures", "validation_count", "validation_size")
+# And those that name the network or may differ without changing what is compared: one network with several seeds shows how
+# much is chance.
 _OWN = ("network", "seed", "workers")
 
 
@@ -74,6 +81,9 @@ def read_run(directory: Path) -> Run:
             rows = [(int(row["step"]), float(row["validation_epe"])) for row in csv.DictReader(file)]
         options, network = config["run"], NetworkConfig.from_mapping(config["network"])
         ended = rows[-1][0] >= options["steps"]
+        missing = [name for name in NEEDED if name not in options]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
     except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{directory}: no directory of a training run ({error})") from error
     run = Run(directory, options, network, [step for step, _ in rows], [epe for _, epe in rows])
@@ -170,12 +180,12 @@ def write(rows: list[dict], runs: list[Run], directory: Path, command: str, size
     """The table as ``networks.csv`` and ``networks.md``."""
     from qpwc_core.machine import describe_machine
 
-    directory.mkdir(parents=True, exist_ok=True)
     table, page = (directory / f"networks.{kind}" for kind in ("csv", "md"))
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, FIELDS)
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.write_bytes(table, text.getvalue().encode())
     options = runs[0].options
     machine = "; ".join(f"{name} {value}" for name, value in describe_machine().items())
     lines = [
@@ -191,7 +201,7 @@ def write(rows: list[dict], runs: list[Run], directory: Path, command: str, size
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    page.write_text("\n".join(lines) + "\n")
+    atomic.write_bytes(page, ("\n".join(lines) + "\n").encode())
     return [table, page]
 
 
@@ -207,13 +217,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     try:
+        options.output.mkdir(parents=True, exist_ok=True)  # before the work
         runs = [read_run(directory) for directory in options.runs]
         check_alike(runs)
         size = tuple(options.size)
         rows = measure(runs, size, options.repeats, options.calibration_pairs)
         command = shlex.join(["python", "training/compare_networks.py", *arguments])
         paths = write(rows, runs, options.output, command, size)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, QpwcError) as error:
         print(f"compare_networks: {error}", file=sys.stderr)
         return 1
     print("\n".join(map(str, paths)))
@@ -221,4 +232,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -17,9 +17,12 @@ from pathlib import Path
 # The package beside this program, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import cv2
+
 from qpwc_core import evaluation
 from qpwc_core.cli import common
 from qpwc_core.data.datasets import FLOW_DATASETS
+from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
 from qpwc_core.runtime.models import list_models
 
@@ -85,11 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
             evaluation.append_csv(args.csv, scores, args.data, command)
         if args.pictures:
             evaluation.write_pictures(args.pictures, pairs, methods, scores)
-    except (ValueError, OSError, QpwcError) as error:
+    except (ValueError, OSError, MemoryError, cv2.error, QpwcError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qpwc_core.cli import common
+from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
 
 
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "tables", nargs="+", type=Path, metavar="CSV", help="history.csv of a run, or a table of docs/results"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PNG")
+    parser.add_argument("-o", "--output", type=common.PathWithSuffix(".png"), required=True, metavar="PNG")
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="a name for each (default: of its directory or file)")
     parser.add_argument(
         "--batch",
@@ -39,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     from qpwc_core.training.curves import draw_curves, read_curve
 
     try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        common.check_outputs([args.output], args.tables)
         labels = args.labels or [None] * len(args.tables)
         curves = [read_curve(path, label, args.batch) for path, label in zip(args.tables, labels)]
         draw_curves(curves, args.output)
@@ -50,4 +53,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
 from qpwc_core.training.options import add_options, parse_config
 
@@ -37,4 +38,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -20,6 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
 from qpwc_core.flow_color import flow_to_color
 from qpwc_core.images import write_image
@@ -126,4 +127,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

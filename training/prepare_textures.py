@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qpwc_core.data import textures
+from qpwc_core.ending import end_with
 
 DEBIAN_SOURCES = (
     "/usr/share/tuxpaint/stamps",
@@ -54,4 +55,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

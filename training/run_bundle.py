@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qpwc_core.data.pipeline import PipelineConfig, worker_batches
 from qpwc_core.data.shared_samples import sample_chunks
+from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
 from qpwc_core.training.bundle_runner import (
     CHECKPOINT,
@@ -170,4 +171,4 @@ def _batches(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -21,6 +21,8 @@ help = "time int8, float32 and OpenCV's DIS on this machine"
 example = "qpwc bench --size 640x480 --threads 2"
 
 _REFERENCE = "OpenCV DIS medium"
+# Sides of the frames, in pixels; more than the most would ask for tens of gigabytes.
+_LEAST_SIDE, _MAX_SIDE = 32, 8192
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +138,12 @@ def _as_json(contestants: list[Contestant], machine: dict[str, str], args: argpa
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and min(int(width), int(height)) >= 32):
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, each at least 32, got {text!r}")
-    return int(width), int(height)
+    try:
+        size = int(width), int(height)
+    except ValueError:
+        size = 0, 0
+    if not (_LEAST_SIDE <= min(size) and max(size) <= _MAX_SIDE):
+        raise argparse.ArgumentTypeError(
+            f"must be WIDTHxHEIGHT, each from {_LEAST_SIDE} to {_MAX_SIDE}, got {text!r}"
+        )
+    return size

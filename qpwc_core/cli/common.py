@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpwc_core.errors import FormatError, UsageError
+from qpwc_core.machine import MAX_THREADS
 from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISION_CHOICES
 
 if TYPE_CHECKING:
     import numpy as np
 
     from qpwc_core.runtime import Delegate, FlowEstimator
+
+# cv2.remap, which warps images, counts their pixels in 16 bits.
+_MAX_WARPED_SIDE = 32_766
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
@@ -39,7 +43,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
     add_enlarge_argument(group)
     group.add_argument(
         "--threads",
-        type=positive_int,
+        type=thread_count,
         metavar="N",
         help="threads that compute (default: 2 for the network, one for each processor elsewhere)",
     )
@@ -137,13 +141,29 @@ def read_pair(prev: Path, next: Path) -> tuple[np.ndarray, np.ndarray]:
         raise FormatError(str(error)) from error
 
 
-def keep_inputs(outputs: list[Path], inputs: list[Path]) -> None:
-    """Raises UsageError where a file would be both read and written, or written twice."""
+def check_warpable(path: Path, height: int, width: int, shrink: int = 1) -> None:
+    """Raises FormatError naming the file where its images, shrunk so many times, are too large to warp."""
+    most = shrink * _MAX_WARPED_SIDE
+    if max(height, width) > most:
+        raise FormatError(f"{path}: {width}x{height} is too large, at most {most} pixels a side can be warped")
+
+
+def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
+    """Checks, before the work is done, that each output can take its place.
+
+    Raises:
+      UsageError: A file would be both read and written, or written twice, or there is no place for it.
+    """
     taken = {os.path.realpath(path) for path in inputs}
     for output in outputs:
-        if os.path.realpath(output) in taken:
+        target = os.path.realpath(output)
+        if target in taken:
             raise UsageError(f"{output}: would overwrite another file of this command")
-        taken.add(os.path.realpath(output))
+        if os.path.isdir(target):
+            raise UsageError(f"{output}: is a directory")
+        if not os.path.isdir(os.path.dirname(target)):
+            raise UsageError(f"{output}: the directory to write it into does not exist")
+        taken.add(target)
 
 
 def print_table(rows: list[list[str]], header: list[str]) -> None:
@@ -171,6 +191,17 @@ def positive_int(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """Argument type: a number of threads that can be started."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_THREADS}, got {text!r}")
     return value
 
 

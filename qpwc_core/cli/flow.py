@@ -47,9 +47,12 @@ def run(args: argparse.Namespace) -> int:
     outputs = [path for path in (args.output, args.color) if path is not None]
     if not outputs:
         raise UsageError("nothing to write: give -o OUT or --color FILE")
-    common.keep_inputs(outputs, [args.prev, args.next])
+    common.check_outputs(outputs, [args.prev, args.next])
     prev, next = common.read_pair(args.prev, args.next)
-    flow = common.load_estimator(args)(prev, next)
+    estimator = common.load_estimator(args)
+    if estimator.refines:  # on images of half the size
+        common.check_warpable(args.prev, *prev.shape[:2], shrink=2)
+    flow = estimator(prev, next)
     if args.output is not None:
         write_flow(args.output, flow)
     if args.color is not None:

@@ -38,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
     """Interpolates and writes."""
     from qpwc_core.runtime import FrameInterpolator
 
-    common.keep_inputs([args.output], [args.prev, args.next])
+    common.check_outputs([args.output], [args.prev, args.next])
     prev, next = common.read_pair(args.prev, args.next)
+    common.check_warpable(args.prev, *prev.shape[:2])
     interpolate = FrameInterpolator(common.load_estimator(args))
     write_image(args.output, interpolate(prev, next, t=args.t))
     return 0

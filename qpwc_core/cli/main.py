@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import NoReturn, Protocol
 
-from qpwc_core.ending import end_at_once
+from qpwc_core.ending import EXIT_INTERRUPTED, end_at_once
 from qpwc_core.errors import QpwcError, UsageError
 
 COMMAND_GROUP = "qpwc.commands"
@@ -22,7 +22,6 @@ COMMAND_GROUP = "qpwc.commands"
 _BUILT_IN = ("flow", "interpolate", "video", "models", "bench")
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class Command(Protocol):

@@ -64,12 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads, estimates and writes frame by frame."""
-    common.keep_inputs([args.output], [args.input])
+    """Reads, estimates and writes frame by frame; of a video that is cut off, what can be read."""
+    common.check_outputs([args.output], [args.input])
     with VideoReader(args.input) as video:
         if min(video.width, video.height) < MIN_SIDE:
             size = f"{video.width}x{video.height}"
             raise FormatError(f"{args.input}: frames of {size}, at least {MIN_SIDE} pixels a side are needed")
+        if args.what != _COLOR:
+            common.check_warpable(args.input, video.height, video.width)
         frames = _at_least_two(video)
         width = video.width * (3 if args.what == _SIDE_BY_SIDE else 1)
         fps = video.fps * (2 if args.what == _INTERPOLATED else 1)
@@ -78,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
             with common.progress(video.frame_count or None, "frame", args.what) as bar:
                 for frame in _outputs(args.what, _counted(frames, bar), estimator, args.max_flow):
                     writer.write(frame)
+        if video.cut_off:
+            read = f"{video.frames_read} of {video.frame_count} frames"
+            raise FormatError(f"{args.input}: cut off or damaged: {read} could be read")
     return 0
 
 

@@ -98,7 +98,10 @@ class BagFrames:
                 raise FormatError(f"{path}: has no images")
             self._topic = max(images, key=lambda connection: connection.msgcount)
             self.frame_count = self._topic.msgcount
-            self.height, self.width = next(self._frames()).shape[:2]
+            first = next(self._frames(), None)
+            if first is None:
+                raise FormatError(f"{path}: damaged, none of its images is there")
+            self.height, self.width = first.shape[:2]
         except BaseException:
             self._reader.close()
             raise
@@ -118,8 +121,15 @@ class BagFrames:
             yield frame
 
     def _frames(self) -> Iterator[np.ndarray]:
-        for connection, _, raw in self._reader.messages([self._topic]):
-            yield self._decode(self._reader.deserialize(raw, connection.msgtype))
+        for message in self._messages():
+            yield self._decode(message)
+
+    def _messages(self) -> Iterator[object]:
+        try:
+            for connection, _, raw in self._reader.messages([self._topic]):
+                yield self._reader.deserialize(raw, connection.msgtype)
+        except Exception as error:  # as open-ended as above
+            raise FormatError(f"{self._path}: damaged ({type(error).__name__})") from error
 
     def _decode(self, message) -> np.ndarray:
         if self._topic.msgtype == _COMPRESSED:

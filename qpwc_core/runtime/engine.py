@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import os
@@ -15,6 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from qpwc_core.errors import ModelError, QpwcError
+from qpwc_core.machine import MAX_THREADS
 
 # (module with Interpreter and OpResolverType, distribution), best first. TensorFlow's import takes
 # seconds and hundreds of megabytes, so it serves only where nothing smaller is installed.
@@ -23,6 +25,9 @@ _RUNTIMES = (
     ("tflite_runtime.interpreter", "tflite-runtime"),
     ("tensorflow.lite.python.interpreter", "tensorflow"),
 )
+
+# What a delegate's library must export.
+_DELEGATE_FUNCTIONS = ("tflite_plugin_create_delegate", "tflite_plugin_destroy_delegate")
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Delegate:
     """An external delegate: what vendors of accelerators (Edge TPUs, NPUs) ship for TFLite.
 
     Attributes:
-      library: Path or name of a shared library that exports `tflite_plugin_create_delegate`.
+      library: Path or name of a shared library that exports `tflite_plugin_create_delegate` and
+        `tflite_plugin_destroy_delegate`.
       options: Passed on to it as strings; what they mean is the vendor's.
     """
 
@@ -62,6 +68,10 @@ def key_and_value(text: str) -> tuple[str, str]:
 
 def _load_delegate(runtime: ModuleType, delegate: Delegate) -> object:
     try:
+        # The runtime's own object of a library that does not do prints a traceback when it is deleted.
+        library = ctypes.CDLL(delegate.library)
+        for function in _DELEGATE_FUNCTIONS:
+            getattr(library, function)
         return runtime.load_delegate(delegate.library, dict(delegate.options))
     except (ValueError, RuntimeError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -102,16 +112,17 @@ class Engine:
 
         Args:
           path: A .tflite file.
-          threads: How many threads run the network, at least 1.
+          threads: How many threads run the network, 1 to 256.
           xnnpack: Whether the XNNPACK delegate, the fast kernels, may be used.
           delegate: An accelerator's library, which is offered every operation first.
 
         Raises:
           ModelError: The file is damaged or needs operations this runtime lacks.
           QpwcError: No runtime is installed, or the delegate cannot be loaded.
+          ValueError: Too few or too many threads.
         """
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"threads must be from 1 to {MAX_THREADS}, got {threads}")
         runtime, self.name = import_runtime()
         _warn_if_processor_is_hidden()
         resolver = runtime.OpResolverType
@@ -132,8 +143,8 @@ class Engine:
             signatures = self._interpreter.get_signature_list()
             self._runners = {name: self._interpreter.get_signature_runner(name) for name in signatures}
         except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{path}: cannot be loaded ({reason})") from error
+            raise ModelError(f"{path}: cannot be loaded ({_reason(error)})") from error
+        self._path = path
         self._lock = threading.Lock()
 
     @property
@@ -150,9 +161,25 @@ class Engine:
         return _specs(self._runners[signature].get_output_details())
 
     def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs one signature; the arrays returned are copies that belong to the caller."""
+        """Runs one signature; the arrays returned are copies that belong to the caller.
+
+        Raises:
+          ModelError: The file is damaged where loading it does not show.
+        """
         with self._lock:  # setting inputs, invoking and copying out share the interpreter's tensors
-            return self._runners[signature](**inputs)
+            try:
+                outputs = self._runners[signature](**inputs)
+            except (ValueError, RuntimeError) as error:
+                raise ModelError(f"{self._path}: cannot be run ({_reason(error)})") from error
+        for name, values in outputs.items():
+            if values.dtype == np.float32 and not np.isfinite(values).all():
+                raise ModelError(f"{self._path}: cannot be run ({name!r} is not finite)")
+        return outputs
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _specs(details: Mapping[str, Mapping]) -> dict[str, TensorSpec]:

@@ -108,7 +108,7 @@ class FlowEstimator:
         Raises:
           ModelError: The model is missing, damaged, or not one of this project's.
           QpwcError: No TFLite runtime is installed, or the delegate cannot be loaded.
-          ValueError: Unknown precision, fewer than one thread, or `enlarge` is no number from 1 up.
+          ValueError: Unknown precision, threads out of 1 to 256, or `enlarge` is no number from 1 up.
         """
         model = models.default_model() if model is None else model
 

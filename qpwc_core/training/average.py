@@ -7,13 +7,13 @@ set; their mean lies closer. (Izmailov et al., "Averaging Weights Leads to Wider
 
 from __future__ import annotations
 
-import contextlib
+import io
 from pathlib import Path
 from typing import Sequence
 
 import numpy as np
 
-from qpwc_core.atomic import replacing
+from qpwc_core import atomic
 
 
 def average_weights(paths: Sequence[Path], output: Path) -> None:
@@ -21,8 +21,8 @@ def average_weights(paths: Sequence[Path], output: Path) -> None:
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: none is given, or they are not of one network; one line that names the file. What ``output`` held
-            before stays.
+        ValueError: none is given, one is damaged or holds NaN, or they are not of one network; one line that names the
+            file. What ``output`` held before stays.
     """
     import h5py
 
@@ -37,24 +37,37 @@ def average_weights(paths: Sequence[Path], output: Path) -> None:
                 raise
             raise ValueError(f"{path}: not a file of weights") from error
 
-    def arrays(file: h5py.File) -> dict[str, h5py.Dataset]:
-        found: dict[str, h5py.Dataset] = {}
-        file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+    def arrays(path: Path) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+
+        def take(name: str, item: h5py.Group | h5py.Dataset) -> None:
+            if isinstance(item, h5py.Dataset):
+                found[name] = np.asarray(item[()])
+
+        with opened(path) as file:
+            try:
+                file.visititems(take)
+            except (RuntimeError, KeyError, OSError) as error:
+                raise ValueError(f"{path}: damaged ({' '.join(str(error).split())})") from error
+        if not found:
+            raise ValueError(f"{path}: holds no weights")
+        if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in found.values()):
+            raise ValueError(f"{path}: holds weights that are no finite numbers")
         return found
 
-    with contextlib.ExitStack() as stack:
-        sources = [arrays(stack.enter_context(opened(path))) for path in paths]
-        shapes = {name: array.shape for name, array in sources[0].items()}
-        for path, source in zip(paths, sources):
-            if {name: array.shape for name, array in source.items()} != shapes:
-                raise ValueError(f"{path}: not of the same network as {paths[0]}")
-        means = {
-            name: np.mean([source[name][()] for source in sources], axis=0, dtype=np.float64)
-            for name, array in sources[0].items()
-            if array.dtype.kind == "f"
-        }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as temporary, opened(paths[0]) as first, h5py.File(temporary, "w") as file:
+    sources = [arrays(path) for path in paths]
+    shapes = {name: array.shape for name, array in sources[0].items()}
+    for path, source in zip(paths, sources):
+        if {name: array.shape for name, array in source.items()} != shapes:
+            raise ValueError(f"{path}: not of the same network as {paths[0]}")
+    means = {
+        name: np.mean([source[name] for source in sources], axis=0, dtype=np.float64)
+        for name, array in sources[0].items()
+        if array.dtype.kind == "f"
+    }
+    # In memory first: the library crashes where the disk is full.
+    content = io.BytesIO()
+    with opened(paths[0]) as first, h5py.File(content, "w") as file:
         stored: dict[tuple, str] = {}
 
         def copy(name: str, item: h5py.Group | h5py.Dataset) -> None:
@@ -73,3 +86,5 @@ def average_weights(paths: Sequence[Path], output: Path) -> None:
 
         file.attrs.update(first.attrs)
         first.visititems(copy)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_bytes(output, content.getvalue())
