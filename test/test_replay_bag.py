@@ -250,3 +250,13 @@ def test_frames_without_stamps_get_the_time_of_recording(tmp_path):
     np.testing.assert_array_equal(
         pixels(STORE.deserialize_cdr(read[1].raw, "sensor_msgs/msg/Image")), pixels(read[1].message)
     )
+
+
+def test_frames_that_ros_has_no_time_for_are_left_out(tmp_path):
+    later = 3_000_000_000 * 10**9  # 2065
+    write_bag(tmp_path / "bag", moving_frames(3, 1, 0), stamps=[0, 10**18, 0], start=later)
+    read = []
+    with Bag(tmp_path / "bag") as bag, pytest.raises(BagError, match="1 of 3 frames .* 3000000000 s, later than"):
+        for frame in bag.frames():
+            read.append(frame.stamp)
+    assert read == [10**18]

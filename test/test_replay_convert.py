@@ -176,3 +176,82 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(QpwcError, match="is there already"):
         convert(tmp_path / "images", "-o", tmp_path / "there")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# As rgb.txt of a TUM sequence has it, and what is said of it.
+ROWS = {
+    "1305031102175 a.png": "'1305031102175' is outside of the time that ROS can say",  # milliseconds
+    "-1 a.png": "'-1' is outside",
+    "2147483647.9999999999 a.png": "is outside",  # would be 2147483648 as a whole number of nanoseconds
+    "inf a.png": "'inf' is outside",
+    "nan a.png": "'nan' is no time",
+    "1e999999999 a.png": "is no time",
+    "1 a\0.png": "is no name of a file",
+    b"\xff\xfe\x01 a.png": "is not text",
+}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=ascii)
+def test_listing_that_makes_no_sense_is_one_line(tmp_path, row):
+    save(tmp_path / "tum" / "a.png", FRAMES[0])
+    content = row if isinstance(row, bytes) else row.encode()
+    (tmp_path / "tum" / "rgb.txt").write_bytes(b"1 a.png\n" + content + b"\n")
+    with pytest.raises(QpwcError) as caught:
+        convert(tmp_path / "tum", "-o", tmp_path / "bag")
+    assert ROWS[row] in str(caught.value) and "\n" not in str(caught.value)
+    if ROWS[row].startswith("'"):
+        assert f"rgb.txt:2: {ROWS[row]}" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["tum"]
+
+
+@pytest.mark.parametrize(
+    "stamp, words",
+    [
+        ("1403715273262142976000", "data.csv:2: .* is outside"),  # picoseconds
+        ("9" * 5000, "data.csv:2: .* is no time in nanoseconds"),
+        ("²", "data.csv:2: '²' is no time in nanoseconds"),
+        ("x" * 200_000, "data.csv: field larger"),
+        ("\udcff", "data.csv: is not text"),
+    ],
+    ids=["unit", "too long", "no digit", "too long a field", "no text"],
+)
+def test_euroc_stamp_that_makes_no_sense_is_one_line(tmp_path, stamp, words):
+    camera = tmp_path / "V1_01" / "mav0" / "cam0"
+    camera.mkdir(parents=True)
+    (camera / "data.csv").write_bytes(f"#t\n{stamp},a.png\n".encode(errors="surrogateescape"))
+    with pytest.raises(QpwcError, match=words):
+        convert(tmp_path / "V1_01", "-o", tmp_path / "bag")
+    assert [p.name for p in tmp_path.iterdir()] == ["V1_01"]
+
+
+@pytest.mark.parametrize(
+    "name, time, latitude, words",
+    [
+        ("image_02", "2039-09-26 13:02:25.1", None, "timestamps.txt:1: .* is outside"),
+        ("oxts", "2011-09-26 13:02:25.1", -90, "0.txt: -90 is no latitude"),
+    ],
+    ids=["time", "place"],
+)
+def test_kitti_of_no_time_or_place_is_one_line(tmp_path, name, time, latitude, words):
+    save(tmp_path / "drive" / "image_02" / "data" / f"{0:010d}.png", FRAMES[0])
+    (tmp_path / "drive" / "image_02" / "timestamps.txt").write_text("2011-09-26 13:02:25.1\n")
+    (tmp_path / "drive" / "oxts" / "data").mkdir(parents=True)
+    (tmp_path / "drive" / "oxts" / "data" / f"{0:010d}.txt").write_text(f"{latitude} 8.4 110 0 0 0")
+    (tmp_path / "drive" / name / "timestamps.txt").write_text(f"{time}\n")
+    with pytest.raises(QpwcError, match=words):
+        convert(tmp_path / "drive", "-o", tmp_path / "bag")
+    assert [p.name for p in tmp_path.iterdir()] == ["drive"]
+
+
+@pytest.mark.parametrize("rate", ["1e-10", "1e-300", "5e-324"])
+def test_rate_that_leads_out_of_time_is_one_line(tmp_path, rate):
+    for number, frame in enumerate(FRAMES[:2]):
+        save(tmp_path / "images" / f"{number}.png", frame)
+    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 25, (160, 120))
+    for frame in FRAMES:
+        writer.write(frame[..., ::-1])
+    writer.release()
+    for source in ("images", "v.avi"):
+        with pytest.raises(QpwcError, match=f"{source}: frame 1, at .* frames/s, is outside"):
+            convert(tmp_path / source, "-o", tmp_path / "bag", "--rate", rate)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "v.avi"]

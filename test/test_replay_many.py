@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,57 @@ def test_aggregate_report(bags, serial):
     text = (serial / "index.html").read_text()
     assert 'href="left/report.html"' in text and "://" not in text
     assert (serial / "left" / "report.html").is_file() and (serial / "right" / "results").is_dir()
+
+
+def test_report_of_many_is_replaced_and_its_owners_files_are_not(bags, serial, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(serial, out)
+    (out / "mine").mkdir()
+    shutil.copy(out / "left" / "metrics.json", out / "mine")  # a report, but of none of these bags
+    for stranger in ("notes.txt", "left/notes.txt"):
+        (out / stranger).write_text("mine")
+    for stranger in ("left/notes.txt", "mine", "notes.txt"):
+        with pytest.raises(QpwcError, match=f"no replay report holds {stranger};"):
+            run_replay(bags, "--estimator", "dis", "--report", out)
+        assert (out / stranger).exists() and (out / "right" / "report.html").is_file()
+        shutil.move(out / stranger, tmp_path / stranger.replace("/", "_"))
+    (out / ".left.12.partial").mkdir()  # what a process left that was killed
+    assert run_replay(bags, "--estimator", "dis", "--report", out) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["index.html", "left", "metrics.json", "right"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["left_notes.txt", "mine", "notes.txt", "out"]
+
+
+def test_one_by_one_a_bag_that_fails_unexpectedly_is_no_trouble_to_the_others(
+    bags, serial, tmp_path, monkeypatch, capsys
+):
+    replay_bag = many.replay_bag
+
+    def fails(path, *arguments):
+        if path.name == "wide":
+            raise TypeError("this estimator\nis odd")
+        return replay_bag(path, *arguments)
+
+    monkeypatch.setattr(many, "replay_bag", fails)
+    write_bag(tmp_path / "wide", moving_frames(3, 1, 0, 72, 100))
+    out = tmp_path / "out"
+    assert run_replay(tmp_path / "wide", bags, "--estimator", "dis", "--report", out) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qpwc: error")]
+    assert errors == [f"qpwc: error: {tmp_path / 'wide'}: this estimator is odd"]
+    assert figures(out) == figures(serial)
+
+
+def test_a_bag_without_any_flow_is_named(bags, serial, tmp_path, capsys):
+    write_bag(tmp_path / "single", moving_frames(1, 1, 0, 72, 96))
+    out = tmp_path / "out"
+    assert run_replay(bags, tmp_path / "single", "--estimator", "dis", "--report", out) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qpwc: error")]
+    line = f"{tmp_path / 'single'}: no flow came out: no two frames make a pair"
+    assert errors == [f"qpwc: error: {line}"]
+    assert line in (out / "index.html").read_text() and (out / "single" / "report.html").is_file()
+    assert figures(out)["means"] == figures(serial)["means"]
+    # Also where there is nothing else.
+    assert run_replay(tmp_path / "sing*", "--estimator", "dis", "--report", out) == 1
+    assert json.loads((out / "metrics.json").read_text())["summary"]["flow"]["pairs"] == 0
 
 
 # Estimators as a package has them: one whose process dies, as one does that runs out of memory, on wide images always,

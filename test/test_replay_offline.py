@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html.parser
 import itertools
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +20,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import replay_bags
 from mcap.reader import make_reader
 from mcap_ros2.decoder import DecoderFactory
 from replay_bags import moving_frames, write_bag
 from replay_bags import run_replay as replay
 
-from qpwc_core.errors import QpwcError
+from qpwc_core.errors import FormatError, QpwcError
 from qpwc_ros.plugins.estimators import DisEstimator
-from qpwc_ros.replay import command, evaluate
+from qpwc_ros.replay import command, evaluate, pictures
 from qpwc_ros.replay.bag import Bag
+from qpwc_ros.replay.methods import Farneback
 from qpwc_ros.replay.offline import run_offline
+from qpwc_ros.replay.output import OutputError, replaced_directory
 from qpwc_ros.replay.results import ResultsWriter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,11 +329,101 @@ def test_damaged_bag_is_reported_up_to_the_damage(tmp_path, capsys):
     assert "Ended early" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_bag_of_one_frame_still_gives_a_report(tmp_path):
+def test_bag_of_one_frame_still_gives_a_report(tmp_path, capsys):
     write_bag(tmp_path / "bag", moving_frames(1, 1, 0))
-    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out") == 0
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out") == 1
+    assert lines_of(capsys) == [
+        f"qpwc: error: {tmp_path / 'bag'}: no flow came out: no two frames make a pair"
+    ]
     text = (tmp_path / "out" / "report.html").read_text()
     assert "No pair was answered." in text and Page(text).open == []
+
+
+def lines_of(capsys) -> list[str]:
+    """What the program said of itself on stderr."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("qpwc:")]
+
+
+def test_recording_without_an_image_of_use_says_why(tmp_path, monkeypatch, capsys):
+    good = replay_bags.image
+    monkeypatch.setattr(
+        replay_bags, "image", lambda rgb, stamp: dataclasses.replace(good(rgb, stamp), encoding="foo")
+    )
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 72, 96))
+    out = tmp_path / "out"
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", out) == 1
+    why = "3 images could not be used, the first because encoding 'foo' is not one of a camera image"
+    (line,) = lines_of(capsys)
+    assert line.startswith(f"qpwc: error: {tmp_path / 'bag'}: no flow came out: {why}")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["notes"][0].startswith(why) and metrics["ended_early"] is None
+    assert "3 images could not be used" in (out / "report.html").read_text()
+
+
+def test_images_too_small_for_the_network_are_left_out(tmp_path, capsys):
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 16, 16))
+    out = tmp_path / "out"
+    assert replay(tmp_path / "bag", "--model", "qpwc_fast", "--report", out) == 1
+    (line,) = lines_of(capsys)
+    assert "3 images could not be used, the first because " in line and "32 pixels" in line
+    assert "No pair was answered." in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("failing", [DisEstimator, Farneback])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("too odd"), RuntimeError("too odd"), cv2.error("too\nodd")],
+    ids=lambda error: type(error).__name__,
+)
+def test_frame_that_an_estimator_cannot_take_is_left_out(tmp_path, monkeypatch, capsys, failing, error):
+    frames = moving_frames(6, 1, 0, 72, 96)
+    encode = failing.encode
+
+    def picky(self, image):
+        if np.array_equal(image, frames[2]):
+            raise error
+        return encode(self, image)
+
+    monkeypatch.setattr(failing, "encode", picky)
+    write_bag(tmp_path / "bag", frames)
+    out = tmp_path / "out"
+    given = ("--estimator", "dis", "--compare", "farneback", "--all-frames", "--report", out)
+    assert replay(tmp_path / "bag", *given) == 0
+    note = "1 image could not be used, because too odd"
+    assert lines_of(capsys) == [f"qpwc: note: {note}"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["notes"] == [note] and note in (out / "report.html").read_text()
+    # Neither method says anything of the two pairs with it, so that their figures are of the same pairs.
+    for figures in (metrics, metrics["compared"]["farneback"]):
+        assert (figures["summary"]["pairs_in"], figures["summary"]["flows_out"]) == (5, 3)
+        assert [pair["answered"] for pair in figures["pairs"]] == [True, False, False, True, True]
+    counts = {topic: len(items) for topic, items in results_messages(out).items()}
+    assert counts["/image"] == 6 and counts["/flow/flow"] == counts["/farneback/flow"] == 3
+
+
+@pytest.mark.parametrize("rate, shown", [(1 / 3600, 1), (1e6, 120)], ids=["time-lapse", "very fast"])
+def test_video_of_a_rate_that_no_codec_takes(tmp_path, rate, shown):
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 72, 96), rate=rate)
+    out = tmp_path / "out"
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", out) == 0
+    capture = cv2.VideoCapture(str(out / "side_by_side.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(shown, rel=0.01)
+    assert json.loads((out / "metrics.json").read_text())["summary"]["flows_out"] == 2
+
+
+def test_report_without_a_video_where_none_can_be_encoded(tmp_path, monkeypatch, capsys):
+    def refuse(path, fps, size):
+        raise FormatError(f"{path}: this OpenCV cannot encode avc1")
+
+    monkeypatch.setattr(pictures, "VideoWriter", refuse)
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 72, 96))
+    out = tmp_path / "out"
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", out) == 0
+    note = "there is no side_by_side.mp4: this OpenCV cannot encode avc1"
+    assert lines_of(capsys) == [f"qpwc: note: {note}"]
+    assert json.loads((out / "metrics.json").read_text())["notes"] == [note]
+    assert note in (out / "report.html").read_text() and "Worst: pair" in (out / "report.html").read_text()
+    assert (out / "worst_1.png").is_file() and not (out / "side_by_side.mp4").exists()
 
 
 def listing(path: Path) -> dict[str, int]:
@@ -354,6 +449,59 @@ def test_what_is_no_report_is_not_replaced(bag, tmp_path):
         replay(bag, "--estimator", "dis", "--report", tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"acc": 1}', "[]", "no JSON", '{"format": 1, "machine": {}, "summary": {}}']
+)
+@pytest.mark.parametrize("beside", [None, "weights.h5", "report.html"])
+def test_metrics_of_another_program_make_no_report(bag, tmp_path, content, beside):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in filter(None, ("metrics.json", beside)):
+        (out / name).write_text(content)
+    before = listing(out)
+    words = "holds weights.h5" if beside == "weights.h5" else "no replay report, by its metrics.json"
+    with pytest.raises(QpwcError, match=words):
+        replay(bag, "--estimator", "dis", "--report", out)
+    assert listing(out) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "results/notes.txt", "more/metrics.json", "worst_1.jpg", "dis_worst_1.png"]
+)
+def test_report_with_something_else_in_it_is_not_replaced(bag, report, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(report, out)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+    before = listing(out)
+    with pytest.raises(QpwcError) as caught:
+        replay(bag, "--estimator", "dis", "--report", out)
+    assert f"no replay report holds {name.removesuffix('/metrics.json')};" in str(caught.value)
+    assert listing(out) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_comes_there_during_the_work_stays_and_so_does_the_work(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="holds mine.txt; the new report is .*out-2"):
+        with replaced_directory(out) as directory:
+            (directory / "report.html").write_text("new")
+            out.mkdir()
+            (out / "mine.txt").write_text("mine")
+    assert (out / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "out-2" / "report.html").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-2"]
+
+
+def test_report_of_a_comparison_is_replaced(tmp_path):
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 72, 96))
+    out = tmp_path / "out"
+    for _ in range(2):
+        given = ("--estimator", "dis", "--compare", "farneback", "--report", out)
+        assert replay(tmp_path / "bag", *given) == 0
+    assert list(out.glob("farneback_worst_*.png"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bag", "out"]
 
 
 def run_program(*arguments: object, **options: object) -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 import cv2
@@ -27,7 +27,7 @@ from qpwc_ros.convert.messages import (
     imu,
     pose,
 )
-from qpwc_ros.replay.bag import NS
+from qpwc_ros.replay.bag import END_NS, NS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 TRUE_POSE = "/ground_truth/pose"
@@ -82,7 +82,7 @@ def _video(path: Path, settings: Settings) -> Iterator[Item]:
             ok, jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, settings.quality])
             if not ok:
                 raise FormatError(f"{path}: frame {number} cannot be encoded as JPEG")
-            stamp = START_NS + round(number * NS / rate)
+            stamp = _at_rate(number, rate, path)
             size = (frame.shape[1], frame.shape[0])
             yield camera_info(stamp, "/camera/camera_info", "camera", size, _assumed(settings, size))
             topic = "/camera/image_raw/compressed"
@@ -97,7 +97,7 @@ def _images(directory: Path, settings: Settings) -> Iterator[Item]:
     if not files:
         raise FormatError(f"{directory}: has no images, and is no TUM, EuRoC or KITTI sequence")
     rate = settings.rate or DEFAULT_RATE
-    stamped = ((START_NS + round(n * NS / rate), path) for n, path in enumerate(files))
+    stamped = ((_at_rate(n, rate, directory), path) for n, path in enumerate(files))
     yield from _camera("/camera", stamped, None, settings)
 
 
@@ -116,11 +116,8 @@ def _camera(
     """Image files of a camera and their CameraInfo; PNG and JPEG go into the bag as they are."""
     frame_id = base.strip("/")
     for stamp, path in stamped:
-        content = path.read_bytes()
-        try:
-            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
-        except cv2.error:
-            pixels = None
+        content = _content(path)
+        pixels = _decoded(content, cv2.IMREAD_COLOR)
         if pixels is None:
             raise FormatError(f"{path}: not an image that can be read")
         size = (pixels.shape[1], pixels.shape[0])
@@ -133,15 +130,50 @@ def _camera(
             yield image(stamp, f"{base}/image_raw", frame_id, pixels, "bgr8")
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except ValueError as error:  # as of a name with a NUL in it
+        raise FormatError(f"{str(path)!r}: is no name of a file ({error})") from error
+
+
+def _decoded(content: bytes, flags: int) -> np.ndarray | None:
+    """The pixels of an image file, None where it is none."""
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    except cv2.error:
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: is not text") from error
+
+
 def _merge(*streams: Iterable[Item]) -> Iterator[Item]:
     return heapq.merge(*streams, key=lambda item: item.stamp)
+
+
+def _stamp(ns: int | Decimal, what: str) -> int:
+    """Whole nanoseconds, if ROS can say them."""
+    if not 0 <= ns <= END_NS - 1:  # in whole numbers, since rounding must not lead beyond
+        raise FormatError(f"{what} is outside of the time that ROS can say, 1970 to 2038")
+    return round(ns)
+
+
+def _at_rate(number: int, rate: float, path: Path) -> int:
+    """The stamp of a frame of which only the number is known."""
+    since = round(min(number * NS / rate, END_NS))  # what is infinite cannot be rounded
+    return _stamp(START_NS + since, f"{path}: frame {number}, at {rate:g} frames/s,")
 
 
 def _seconds(text: str, where: str) -> int:
     """Nanoseconds of decimal seconds, without the rounding of floats."""
     try:
-        return round(Decimal(text) * NS)
-    except InvalidOperation as error:
+        return _stamp(Decimal(text) * NS, f"{where}: {text!r}")
+    except ArithmeticError as error:  # of what is no number, or has no end of digits
         raise FormatError(f"{where}: {text!r} is no time") from error
 
 
@@ -180,11 +212,10 @@ def _tum(directory: Path) -> Iterator[Item]:
 
 def _tum_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(where it is, the words) of each line that is no comment."""
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            words = line.split()
-            if words and not words[0].startswith("#"):
-                yield f"{path}:{number}", words
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            yield f"{path}:{number}", words
 
 
 def _tum_files(directory: Path, listing: str) -> Iterator[tuple[int, Path]]:
@@ -196,8 +227,7 @@ def _tum_files(directory: Path, listing: str) -> Iterator[tuple[int, Path]]:
 
 def _tum_depth(directory: Path) -> Iterator[Item]:
     for stamp, path in _tum_files(directory, "depth.txt"):
-        content = np.frombuffer(path.read_bytes(), np.uint8)
-        depth = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if content.size else None
+        depth = _decoded(_content(path), cv2.IMREAD_UNCHANGED)
         if depth is None or depth.dtype != np.uint16 or depth.ndim != 2:
             raise FormatError(f"{path}: not a 16-bit grey image, as depth is")
         # 16UC1 is in millimetres (REP 118); 0 is unknown in both.
@@ -228,13 +258,19 @@ def _euroc(mav: Path) -> Iterator[Item]:
 
 def _euroc_rows(path: Path) -> Iterator[tuple[str, int, list[str]]]:
     """(where it is, stamp in ns, the other cells) of each line that is no comment."""
-    with path.open(newline="") as file:
-        for number, cells in enumerate(csv.reader(file), 1):
+    try:
+        for number, cells in enumerate(csv.reader(_text(path).splitlines()), 1):
             if cells and not cells[0].lstrip().startswith("#"):
-                where = f"{path}:{number}"
-                if not cells[0].strip().isdigit():
-                    raise FormatError(f"{where}: {cells[0]!r} is no time in nanoseconds")
-                yield where, int(cells[0]), [cell.strip() for cell in cells[1:]]
+                yield f"{path}:{number}", _nanoseconds(cells[0], f"{path}:{number}"), [c.strip() for c in cells[1:]]
+    except csv.Error as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def _nanoseconds(text: str, where: str) -> int:
+    # Digits alone, and not too many: int() takes more than that, and refuses what is very long.
+    if not re.fullmatch("[0-9]{1,30}", text.strip()):
+        raise FormatError(f"{where}: {text!r} is no time in nanoseconds")
+    return _stamp(int(text), f"{where}: {text!r}")
 
 
 def _euroc_files(camera: Path) -> Iterator[tuple[int, Path]]:
@@ -252,13 +288,13 @@ def _euroc_calibration(camera: Path) -> Calibration:
     from ruamel.yaml.error import YAMLError
 
     # The files begin with %YAML:1.0, which is OpenCV's way and no YAML.
-    text = re.sub(r"\A%YAML.*\n", "", path.read_text())
+    text = re.sub(r"\A%YAML.*\n", "", _text(path))
     try:
         content = YAML(typ="safe").load(text)
         intrinsics = [float(value) for value in content["intrinsics"]]
         distortion = [float(value) for value in content.get("distortion_coefficients", ())]
         return Calibration(*intrinsics[:4], distortion[:5])
-    except (YAMLError, KeyError, TypeError, ValueError) as error:
+    except (YAMLError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path}: has no intrinsics ({' '.join(str(error).split())})") from error
 
 
@@ -293,11 +329,12 @@ def _kitti(drive: Path) -> Iterator[Item]:
 
 def _kitti_files(folder: Path, suffix: str) -> Iterator[tuple[int, Path]]:
     """(stamp, file); files that are missing, as some drives have it, are left out."""
-    with (folder / "timestamps.txt").open() as file:
-        for number, line in enumerate(line for line in file if line.strip()):
-            path = folder / "data" / f"{number:010d}{suffix}"
-            if path.is_file():
-                yield _kitti_time(line.strip(), f"{folder / 'timestamps.txt'}:{number + 1}"), path
+    listing = folder / "timestamps.txt"
+    lines = [line.strip() for line in _text(listing).splitlines()]
+    for number, line in enumerate(line for line in lines if line):
+        path = folder / "data" / f"{number:010d}{suffix}"
+        if path.is_file():
+            yield _kitti_time(line, f"{listing}:{number + 1}"), path
 
 
 def _kitti_time(text: str, where: str) -> int:
@@ -306,7 +343,7 @@ def _kitti_time(text: str, where: str) -> int:
         seconds = datetime.strptime(whole, "%Y-%m-%d %H:%M:%S").replace(tzinfo=timezone.utc).timestamp()
     except ValueError as error:
         raise FormatError(f"{where}: {text!r} is no time") from error
-    return int(seconds) * NS + _seconds(f"0.{fraction or 0}", where)
+    return _stamp(int(seconds) * NS + _seconds(f"0.{fraction or 0}", where), f"{where}: {text!r}")
 
 
 def _kitti_calibration(path: Path) -> dict[str, Calibration]:
@@ -314,7 +351,7 @@ def _kitti_calibration(path: Path) -> dict[str, Calibration]:
     if not path.is_file():
         return {}
     cameras = {}
-    for line in path.read_text().splitlines():
+    for line in _text(path).splitlines():
         key, _, values = line.partition(":")
         if key.startswith("P_rect_"):
             p = _numbers(values.split(), 12, str(path))
@@ -326,7 +363,9 @@ def _kitti_poses(oxts: Path) -> Iterator[Item]:
     """The vehicle's pose in metres from where it began, as the development kit's convertOxtsToPose does."""
     scale = origin = None
     for stamp, path in _kitti_files(oxts, ".txt"):
-        latitude, longitude, altitude, roll, pitch, yaw = _numbers(path.read_text().split(), 6, str(path))[:6]
+        latitude, longitude, altitude, roll, pitch, yaw = _numbers(_text(path).split(), 6, str(path))[:6]
+        if not -90 < latitude < 90:
+            raise FormatError(f"{path}: {latitude:g} is no latitude of a place to drive at")
         if scale is None:
             scale = math.cos(math.radians(latitude))
         place = np.array(

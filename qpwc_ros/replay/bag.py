@@ -20,6 +20,8 @@ IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 NS = 10**9
+#: From here on, in ns, a builtin_interfaces/Time cannot say it: its seconds have 32 bits, one of them the sign.
+END_NS = 2**31 * NS
 
 
 class BagError(QpwcError):
@@ -130,7 +132,7 @@ class Bag:
             whole = self.path.is_file() or (self.path / "metadata.yaml").is_file()
             self._source: _Indexed | Salvage = _Indexed([self.path] if whole else self._files)
         except Exception as error:  # what a damaged file makes the parsers raise is open-ended
-            self._damage = _line(error)
+            self._damage = reason(error)
             self._source = Salvage(self._files)
             if not self._source.streams:
                 self.close()
@@ -216,17 +218,21 @@ class Bag:
                     message = _as_ros2(message)
                     raw = bytes(typestore().serialize_cdr(message, msgtype))
             except Exception as error:
-                self._damage = self._damage or f"a message cannot be understood: {_line(error)}"
+                self._damage = self._damage or f"a message cannot be understood: {reason(error)}"
                 continue
             if msgtype == CAMERA_INFO:
                 info = bytes(raw)
                 continue
-            stamp = stamp_ns(message)
-            if stamp == 0:
-                stamp, raw = recorded, restamp(raw, recorded)
+            given = stamp_ns(message)
+            stamp = given or recorded
+            if stamp >= END_NS:
+                self._damage = self._damage or f"a frame is of {stamp // NS} s, later than ROS can say (2038)"
+                continue
             if stamp <= last:
                 self.skipped += not recovering
                 continue
+            if not given:
+                raw = restamp(raw, recorded)
             last = stamp
             done += 1
             yield Frame(stamp, bytes(raw), message, info)
@@ -254,8 +260,8 @@ class Bag:
                 return
             except Exception as error:
                 if isinstance(self._source, Salvage):
-                    raise BagError(f"{self.path}: cannot be read: {_line(error)}") from error
-                self._damage, again = _line(error), True
+                    raise BagError(f"{self.path}: cannot be read: {reason(error)}") from error
+                self._damage, again = reason(error), True
                 self._source.close()
                 self._source = Salvage(self._files)
                 messages = self._source.messages(topics)
@@ -326,7 +332,7 @@ def _as_ros2(message: object) -> object:
     return cls(*values)
 
 
-def _line(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """An exception as part of one line."""
     text = " ".join(str(error).split())
     return text or type(error).__name__

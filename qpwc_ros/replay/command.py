@@ -15,6 +15,7 @@ from qpwc_core.cli.common import (
     positive_float,
     positive_int,
     print_table,
+    thread_count,
 )
 from qpwc_core.errors import QpwcError, UsageError
 from qpwc_core.runtime.models import (
@@ -110,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_refine_argument(estimator)
     add_enlarge_argument(estimator)
-    estimator.add_argument("--threads", type=positive_int, metavar="N", help="threads of the estimator")
+    estimator.add_argument("--threads", type=thread_count, metavar="N", help="threads of the estimator")
     estimator.add_argument(
         "--compare",
         metavar="A,B,…",
@@ -157,8 +158,8 @@ def run(args: argparse.Namespace) -> int:
     """Replay and report.
 
     Returns:
-        0 when all was seen, 1 when something ended early, 130 on Ctrl-C; there is a report in each case, unless
-        Ctrl-C came twice.
+        0 when all was seen, 1 when something ended early or no flow came out, 130 on Ctrl-C; there is a report in
+        each case, unless Ctrl-C came twice.
     """
     live_only = (args.node, args.image_topic, args.confidence, args.use_sim_time)
     if not args.live and (args.rate != 1.0 or any(live_only)):
@@ -260,7 +261,7 @@ def _options(args: argparse.Namespace) -> Options:
 
 def exit_code(outcome: Outcome) -> int:
     """The program's exit code for a bag."""
-    return 130 if outcome.interrupted else 1 if outcome.stopped else 0
+    return 130 if outcome.interrupted else 1 if outcome.problem else 0
 
 
 def print_outcome(outcome: Outcome, target: Path) -> None:
@@ -274,6 +275,9 @@ def print_outcome(outcome: Outcome, target: Path) -> None:
             print_table(rows[1:], rows[0])
     print()
     print_files(target)
+    if outcome.empty:  # it has the notes in it
+        print(f"qpwc: error: {outcome.empty}", file=sys.stderr)
+        return
     for note in outcome.notes:
         print(f"qpwc: note: {note}", file=sys.stderr)
     if outcome.stopped and not outcome.interrupted:

@@ -22,7 +22,7 @@ from pathlib import Path
 from qpwc_core.cli.common import print_table
 from qpwc_core.errors import QpwcError
 from qpwc_ros.replay import evaluate, report
-from qpwc_ros.replay.bag import BagError, data_files
+from qpwc_ros.replay.bag import BagError, data_files, reason
 from qpwc_ros.replay.interrupt import heeded_interrupt, postponed_interrupt, take_for_ctrl_c
 from qpwc_ros.replay.output import METRICS, remove_partial, replaced_directory
 from qpwc_ros.replay.run import SUBJECT
@@ -131,7 +131,7 @@ def replay_bags(
     for it, and a second Ctrl-C does not wait. The bags done are reported in any case, the others named.
 
     Returns:
-        The program's exit code: 1 if a bag failed or ended early, 130 on Ctrl-C.
+        The program's exit code: 1 if a bag failed, ended early or has no flow at all, 130 on Ctrl-C.
 
     Raises:
         QpwcError: `target` is something else, the cluster cannot be reached, or every bag failed.
@@ -179,7 +179,7 @@ def replay_bags(
     rows = _means(summary)
     print_table(rows[1:], rows[0])
     print(f"\n{target / 'index.html'}")
-    problems = [r.error or r.outcome.stopped for r in ordered if not r.interrupted]
+    problems = [r.error or r.outcome.problem for r in ordered if not r.interrupted]
     problems = [problem for problem in problems if problem]
     for problem in problems:
         print(f"qpwc: error: {problem}", file=sys.stderr)
@@ -217,7 +217,7 @@ def _interrupted(name: str, bag: str) -> Result:
 
 
 def _failed(name: str, bag: str, error: Exception) -> Result:
-    return Result(name, bag, None, f"{bag}: {' '.join(str(error).split()) or type(error).__name__}")
+    return Result(name, bag, None, f"{bag}: {reason(error)}")
 
 
 def _one_by_one(tasks: Sequence[tuple], take: Take) -> None:
@@ -227,6 +227,8 @@ def _one_by_one(tasks: Sequence[tuple], take: Take) -> None:
             result = _task(name, bag, *rest)
         except KeyboardInterrupt:  # when no report was possible yet, or the second one
             result = _interrupted(name, bag)
+        except Exception as error:
+            result = _failed(name, bag, error)
         take(result)
         if result.interrupted:
             return

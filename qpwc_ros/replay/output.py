@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,12 @@ from pathlib import Path
 from qpwc_core.errors import QpwcError
 
 METRICS = "metrics.json"
+# Files of one bag's report besides the pictures of pairs, and those of its results bag.
+_FILES = frozenset((METRICS, "metrics.csv", "report.html", "side_by_side.mp4", "overview.jpg", "node.log"))
+RESULTS = "results"
+_RESULTS_FILES = frozenset(("metadata.yaml", "results.mcap"))
+# Files of a report on many bags besides the directories of theirs.
+_OVER_ALL = frozenset((METRICS, "index.html"))
 
 
 class OutputError(QpwcError):
@@ -25,20 +33,25 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     If it does not, the directory is removed and what was at `target` is as before.
 
     Raises:
-        OutputError: there is something at `target` that is no earlier report, so it is not replaced.
+        OutputError: there is something at `target` that is not wholly an earlier report, so it is not replaced.
+            If it came there during the block, the new directory is kept beside it.
         OSError: no directory can be made there.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not _replaceable(target):
-        raise OutputError(
-            f"{target}: is there already and is no replay report; choose another --report directory"
-        )
+    reason = _reason_to_keep(target)
+    if reason:
+        raise OutputError(f"{target}: is not replaced: {reason}; choose another --report directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        reason = _reason_to_keep(target)
+        if reason:
+            beside = _unused(target)
+            temporary.rename(beside)
+            raise OutputError(f"{target}: is not replaced: {reason}; the new report is {beside}")
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         if target.exists():
             target.rename(old)
@@ -59,5 +72,78 @@ def remove_partial(target: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _replaceable(target: Path) -> bool:
-    return target.is_dir() and ((target / METRICS).is_file() or not any(target.iterdir()))
+def _unused(target: Path) -> Path:
+    """A name beside `target` that nothing has."""
+    number = 2
+    while (beside := target.with_name(f"{target.name}-{number}")).exists():
+        number += 1
+    return beside
+
+
+def _reason_to_keep(target: Path) -> str | None:
+    """What is at `target` besides an earlier report; None if nothing, so that it may be replaced."""
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        return "it is no replay report, but a file"
+    names = sorted(path.name for path in target.iterdir())
+    if not names:
+        return None
+    content = _metrics(target)
+    if content is not None:
+        stranger = _stranger(target, content)
+        return stranger and f"no replay report holds {stranger.relative_to(target)}"
+    strangers = [name for name in names if name not in _FILES | _OVER_ALL | {RESULTS}]
+    if strangers:
+        return f"no replay report holds {strangers[0]}"
+    return f"it is no replay report, {'by its' if METRICS in names else 'without'} {METRICS}"
+
+
+def _metrics(directory: Path) -> dict | None:
+    """What metrics.json says, if it is a report's."""
+    try:
+        content = json.loads((directory / METRICS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or not {"format", "machine", "summary"} <= content.keys():
+        return None
+    many = isinstance(content.get("bags"), list)
+    single = isinstance(content.get("bag"), dict) and isinstance(content.get("pairs"), list)
+    return content if (many or single) and isinstance(content.get("compared", {}), dict) else None
+
+
+def _stranger(directory: Path, content: dict) -> Path | None:
+    """The first entry of a report's directory that is not the report's, by what its metrics.json says."""
+    if "bags" not in content:
+        return _stranger_in_single(directory, content)
+    names = {str(bag.get("name")) for bag in content["bags"] if isinstance(bag, dict)}
+    for path in sorted(directory.iterdir()):
+        if path.name in names and path.is_dir():
+            single = _metrics(path)
+            if single is None or "bags" in single:
+                return path
+            if stranger := _stranger_in_single(path, single):
+                return stranger
+        elif not (path.name in _OVER_ALL and path.is_file() or _is_left_over(path.name, names)):
+            return path
+    return None
+
+
+def _is_left_over(name: str, bags: set[str]) -> bool:
+    """Whether it is what a process left that died while it made a bag's report."""
+    found = re.fullmatch(r"\.(.+)\.\d+\.(partial|old)", name, re.DOTALL)
+    return bool(found) and found[1] in bags
+
+
+def _stranger_in_single(directory: Path, content: dict) -> Path | None:
+    """The same of a report on one bag."""
+    prefixes = "|".join(re.escape(f"{method}_") for method in content.get("compared", ()))
+    picture = re.compile(rf"({prefixes})?(worst|typical|large_motion)_\d+\.png")
+    for path in sorted(directory.iterdir()):
+        if path.name == RESULTS and path.is_dir():
+            inside = [p for p in sorted(path.iterdir()) if p.name not in _RESULTS_FILES or not p.is_file()]
+            if inside:
+                return inside[0]
+        elif not (path.is_file() and (path.name in _FILES or picture.fullmatch(path.name))):
+            return path
+    return None

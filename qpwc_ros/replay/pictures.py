@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from qpwc_core.errors import FormatError
 from qpwc_core.flow_color import flow_to_color
 from qpwc_core.video import VideoWriter
 from qpwc_ros.replay.evaluate import (
@@ -28,6 +29,8 @@ from qpwc_ros.replay.truth import NO_TRUTH, FlowAndValid, Truth
 # pixels and frames.
 SHEET_PANEL, VIDEO_PANEL = 640, 480
 VIDEO_PAIRS = 500
+# Frames per second of the video: what codecs take, and what can be looked at.
+SLOWEST, FASTEST = 1.0, 120.0
 LABEL_HEIGHT = 28
 WORST, TYPICAL = 3, 3
 # Differences are shown this many times as strong.
@@ -101,21 +104,26 @@ def draw(
     video: Path,
     truth: Truth = NO_TRUTH,
     progress: Callable[[], None] = lambda: None,
-) -> list[ChosenPair]:
+) -> tuple[list[ChosenPair], list[str]]:
     """Write the side-by-side video and return the chosen pairs: method by method, the worst first.
 
     The video has the frames the estimator was given, the flow in colours and, on the right, these frames with
-    the in-between ones among them: left and middle at the rate given, right at twice that. It ends after
-    VIDEO_PAIRS pairs. It shows the method under test; of the others the worst pairs are chosen alone.
+    the in-between ones among them: left and middle at the rate given, right at twice that, as far as this is
+    within SLOWEST and FASTEST. It ends after VIDEO_PAIRS pairs. It shows the method under test; of the others the
+    worst pairs are chosen alone.
+
+    Returns:
+        The pairs, and what the reader should know, one line each: such as why there is no video.
     """
     subject = figures[SUBJECT]
     if not subject:
-        return []
+        return [], []
     scale = motion_scale(subject)
     chosen = {name: choose(rows, TYPICAL if name == SUBJECT else 0) for name, rows in figures.items()}
     seconds = (subject[-1].stamp - subject[0].previous_stamp) / 1e9
     rate = len(subject) / seconds
     pairs: list[ChosenPair] = []
+    notes: list[str] = []
     writer = None
     try:
         for figure, (pair, images) in zip(subject, decoded_pairs(results, max_interval, list(figures))):
@@ -123,10 +131,13 @@ def draw(
             if images is None:
                 progress()
                 continue
-            if writer is None:
+            if writer is None and not notes:
                 size = _panel_size(images.previous, VIDEO_PANEL)
-                writer = VideoWriter(video, 2 * rate, (3 * size[0], size[1] + LABEL_HEIGHT))
-            if figure.index < VIDEO_PAIRS:
+                try:
+                    writer = _open_video(video, rate, size)
+                except FormatError as error:  # the report is worth having without it
+                    notes.append(f"there is no {video.name}: {str(error).removeprefix(f'{video}: ')}")
+            if writer is not None and figure.index < VIDEO_PAIRS:
                 for frame in _video_frames(images, size, scale, rate):
                     writer.write(frame)
             for name, kinds in chosen.items():
@@ -142,9 +153,13 @@ def draw(
         writer.close()
     place = {(name, index): n for name, kinds in chosen.items() for n, index in enumerate(kinds)}
     methods = list(figures)
-    return sorted(
-        pairs, key=lambda pair: (methods.index(pair.method), place[pair.method, pair.figures.index])
-    )
+    pairs.sort(key=lambda pair: (methods.index(pair.method), place[pair.method, pair.figures.index]))
+    return pairs, notes
+
+
+def _open_video(path: Path, rate: float, size: tuple[int, int]) -> VideoWriter:
+    """A video of three panels of this size, with two frames for each of `rate` in a second."""
+    return VideoWriter(path, min(max(2 * rate, SLOWEST), FASTEST), (3 * size[0], size[1] + LABEL_HEIGHT))
 
 
 def _panel_size(image: np.ndarray, widest: int) -> tuple[int, int]:

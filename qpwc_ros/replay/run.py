@@ -51,6 +51,7 @@ class Run:
         first, last: monotonic seconds at the first frame and at the last flow.
         given, held_back: frames that went to the estimator, and that were kept from it.
         pairs: pairs of consecutive frames that the estimator was given.
+        unusable: frames given that there was nothing to make of; `unusable_because` has the first reason.
         stopped: why it ended before the bag did, in words; None if it did not.
         peak_rss_mb: largest resident memory of the process that computes, in MiB.
         diagnostics: the node's last diagnostics, as it words them.
@@ -65,6 +66,8 @@ class Run:
     given: int = 0
     held_back: int = 0
     pairs: int = 0
+    unusable: int = 0
+    unusable_because: str | None = None
     stopped: str | None = None
     interrupted: bool = False
     peak_rss_mb: float | None = None
@@ -81,6 +84,11 @@ class Run:
         if self._last_given is not None and stamp - self._last_given <= self.max_interval:
             self.pairs += 1
         self._last_given = stamp
+
+    def leave_out(self, reason: str) -> None:
+        """Count a frame that went to the estimator and is of no use."""
+        self.unusable += 1
+        self.unusable_because = self.unusable_because or reason
 
     @property
     def subject(self) -> MethodRun:

@@ -15,7 +15,7 @@ from qpwc_ros.replay import evaluate, methods, pictures, report
 from qpwc_ros.replay.bag import Bag
 from qpwc_ros.replay.depth_truth import DepthSource, DepthTruth
 from qpwc_ros.replay.interrupt import postponed_interrupt
-from qpwc_ros.replay.output import METRICS, replaced_directory
+from qpwc_ros.replay.output import METRICS, RESULTS, replaced_directory
 from qpwc_ros.replay.results import ResultsWriter
 from qpwc_ros.replay.run import SUBJECT, Run
 from qpwc_ros.replay.truth import NO_TRUTH, Truth, open_truth
@@ -81,6 +81,7 @@ class Outcome:
         summaries: by method; see evaluate.summarize.
         table, means, bands: see report.table, report.means_table, report.bands_table.
         stopped: why it ended before the bag did; None if it did not.
+        empty: that there is no flow at all, and why; None if there is one, or if it ended early.
         interrupted: whether Ctrl-C was pressed, also while the report was made, which is whole then.
     """
 
@@ -91,7 +92,13 @@ class Outcome:
     figures: evaluate.Figures
     notes: list[str]
     stopped: str | None
+    empty: str | None
     interrupted: bool
+
+    @property
+    def problem(self) -> str | None:
+        """Why the recording is not all evaluated, or not at all; None if it is."""
+        return self.stopped or self.empty
 
 
 @contextlib.contextmanager
@@ -122,7 +129,7 @@ def replay_bag(path: Path, target: Path, options: Options, bar: Bar = no_bar) ->
         _open_truth(options, bag)  # a mistake in it shows before the work is done
         with bar(bag.count, "frame", "replay") as step:
             # The writer is closed last, so that the bag has its index also after Ctrl-C.
-            with ResultsWriter(directory / "results") as writer:
+            with ResultsWriter(directory / RESULTS) as writer:
                 done = (_live if options.live else _offline)(options, bag, writer, directory, step)
         if bag.skipped:
             done.notes.append(f"{bag.skipped} frames were left out, their stamps did not increase")
@@ -136,12 +143,12 @@ def _report(
     options: Options, bag: Bag, subject: report.Subject, done: Run, directory: Path, bar: Bar
 ) -> Outcome:
     """Measure and draw what is in the results bag, and write all files but that."""
-    results = directory / "results"
+    results = directory / RESULTS
     truth = _open_truth(options, bag)
     with bar(2 * done.pairs, "pair", "report") as step:
         figures = evaluate.measure(results, done, truth, step)
         summaries = {name: evaluate.summarize(done, figures, name) for name in done.methods}
-        chosen = pictures.draw(
+        chosen, notes = pictures.draw(
             results,
             done.max_interval,
             figures,
@@ -149,7 +156,7 @@ def _report(
             _open_truth(options, bag),
             step,
         )
-    done.notes += truth.notes
+    done.notes += truth.notes + notes
     if options.truth_name and not summaries[SUBJECT]["pairs_with_truth"]:
         done.notes.append(f"no pair has ground truth in {options.truth_name}: no stamp fits")
     differences = evaluate.differences(figures)
@@ -167,8 +174,17 @@ def _report(
         figures=figures,
         notes=done.notes,
         stopped=done.stopped,
+        empty=None if done.stopped or done.flows else _empty(subject.bag, done),
         interrupted=done.interrupted,
     )
+
+
+def _empty(bag: str, done: Run) -> str:
+    """That there is no flow, in one line with all that is known of the reason."""
+    reasons = list(done.notes)
+    if not done.unusable:  # which is the first of the notes
+        reasons.insert(0, "no pair was answered" if done.pairs else "no two frames make a pair")
+    return f"{bag}: no flow came out: {'; '.join(reasons)}"
 
 
 def _open_truth(options: Options, bag: Bag) -> Truth:
