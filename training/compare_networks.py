@@ -29,7 +29,7 @@ from qpwc_core import atomic
 from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
 
-FIELDS = ("network", "parameters", "multiply_adds", "time", "pairs", "epe_half_way", "epe", "ratio")
+FIELDS = ("network", "parameters", "multiply_adds", "time", "pairs", "train_epe", "epe_half_way", "epe", "ratio")
 # Of a run's options, those that the page tells.
 NEEDED = ("batch", "height", "width", "motion", "textures", "validation_count", "validation_size")
 # And those that name the network or may differ without changing what is compared: one network with several seeds shows how
@@ -45,6 +45,7 @@ class Run:
         options: the run's, as in its config.json.
         network: its ``NetworkConfig``.
         steps, errors: of its validations.
+        train_error: over the pairs between the last two of them.
     """
 
     directory: Path
@@ -52,6 +53,7 @@ class Run:
     network: object
     steps: list[int]
     errors: list[float]
+    train_error: float
 
     @property
     def name(self) -> str:
@@ -78,15 +80,16 @@ def read_run(directory: Path) -> Run:
     try:
         config = json.loads((directory / "config.json").read_text())
         with (directory / "history.csv").open(newline="") as file:
-            rows = [(int(row["step"]), float(row["validation_epe"])) for row in csv.DictReader(file)]
+            columns = ("step", "validation_epe", "train_epe")
+            steps, errors, train_errors = zip(*([float(row[name]) for name in columns] for row in csv.DictReader(file)))
         options, network = config["run"], NetworkConfig.from_mapping(config["network"])
-        ended = rows[-1][0] >= options["steps"]
+        ended = steps[-1] >= options["steps"]
         missing = [name for name in NEEDED if name not in options]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
     except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{directory}: no directory of a training run ({error})") from error
-    run = Run(directory, options, network, [step for step, _ in rows], [epe for _, epe in rows])
+    run = Run(directory, options, network, [int(step) for step in steps], list(errors), train_errors[-1])
     if not ended or not run.weights.is_file():
         raise ValueError(f"{directory}: its run has not come to its end")
     return run
@@ -154,6 +157,7 @@ def measure(runs: list[Run], size: tuple[int, int], repeats: int, calibration_pa
             multiply_adds(network),
             round(contestant.ratio(contestants[0]), 3),
             run.steps[-1] * run.options["batch"],
+            run.train_error,
             run.half_way,
             run.errors[-1],
             round(run.errors[-1] / runs[0].errors[-1], 4),
@@ -170,6 +174,7 @@ def cells(row: dict) -> list[str]:
         f"{row['multiply_adds'] / 1e6:,.0f}",
         f"{row['time']:.2f}",
         f"{row['pairs']:,}",
+        f"{row['train_epe']:.2f}",
         f"{row['epe_half_way']:.2f}",
         f"{row['epe']:.2f}",
         f"{row['ratio']:.3f}",
@@ -194,11 +199,12 @@ def write(rows: list[dict], runs: list[Run], directory: Path, command: str, size
         f"Each was trained for {options['steps']:,} steps of {options['batch']} pairs of {options['height']}x{options['width']} "
         f"with motion of {options['motion'][0]:g} to {options['motion'][1]:g} px, and validated on {options['validation_count']} "
         f"pairs of {options['validation_size'][0]}x{options['validation_size'][1]}: mean endpoint error in pixels, half way "
-        "and at the end, and the latter's ratio to the first row's. Time: a frame of a stream of "
+        "and at the end, and the latter's ratio to the first row's. The training error is that of the last pairs, which with "
+        "one seed are the same for all. Time: a frame of a stream of "
         f"{size[1]}x{size[0]} in int8, without refinement, its median ratio to the first row's in the same turn, two threads. "
         f"Work: million multiply-adds of convolutions and cost volumes for it. Machine: {machine}.", "",
-        "| | parameters | work | time | pairs seen | EPE half way | EPE | of the first |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | parameters | work | time | pairs seen | training EPE | EPE half way | EPE | of the first |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     atomic.write_bytes(page, ("\n".join(lines) + "\n").encode())
