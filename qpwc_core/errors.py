@@ -19,5 +19,9 @@ class FormatError(QpwcError):
     """A file does not hold what its format promises, or cannot hold what it is given."""
 
 
+class CutOffError(FormatError):
+    """A file ends early, or is damaged from somewhere on; what came before has been read and can be used."""
+
+
 class UsageError(QpwcError):
     """Command-line arguments that do not go together; the program ends with exit code 2."""

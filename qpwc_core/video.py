@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from qpwc_core.atomic import errors_naming, temporary_sibling
-from qpwc_core.errors import FormatError, QpwcError
+from qpwc_core.errors import CutOffError, FormatError, QpwcError
 
 # Codecs by file suffix, best first. H.264 and VP9 play in browsers; which of them an OpenCV can encode
 # depends on how it was built (PyPI's wheels: VP9 and MPEG-4). MPEG-4 is what every build has.
@@ -85,6 +85,12 @@ class VideoReader:
         if not self._ended or missing < _LEAST_MISSING or self.frames_read >= _LEAST_SHARE * self.frame_count:
             return False
         return not _is_whole_mp4(self.path)
+
+    def check_whole(self) -> None:
+        """Raises CutOffError if the file is `cut_off`."""
+        if self.cut_off:
+            read = f"{self.frames_read} of {self.frame_count} frames"
+            raise CutOffError(f"{self.path}: cut off or damaged: {read} could be read")
 
     def close(self) -> None:
         """Closes the file."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from replay_bags import moving_frames
 
-from qpwc_core.errors import QpwcError
+from qpwc_core.errors import CutOffError, QpwcError
 from qpwc_ros.convert import command
 from qpwc_ros.replay.bag import Bag, typestore
 from qpwc_ros.replay.decode import pixels
@@ -55,6 +55,20 @@ def test_video(tmp_path):
     for frame, original in zip(frames, FRAMES):
         assert np.abs(pixels(frame.message).astype(int) - original).mean() < 6  # two generations of JPEG
     assert camera(frames[0]).k[0] == pytest.approx(80)  # 45 degrees to either side of 160 pixels
+
+
+def test_of_a_video_that_is_cut_off_the_frames_before_are_kept(tmp_path):
+    path = tmp_path / "v.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (160, 120))
+    for _ in range(5):
+        for frame in FRAMES:
+            writer.write(frame[..., ::-1])
+    writer.release()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CutOffError, match="v.avi: cut off or damaged: [0-9]+ of 20 frames") as caught:
+        convert(path, "-o", tmp_path / "bag")
+    assert f" {len(read(tmp_path / 'bag'))} of 20 frames" in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
 def test_images_in_the_order_of_their_numbers(tmp_path):

@@ -80,9 +80,7 @@ def run(args: argparse.Namespace) -> int:
             with common.progress(video.frame_count or None, "frame", args.what) as bar:
                 for frame in _outputs(args.what, _counted(frames, bar), estimator, args.max_flow):
                     writer.write(frame)
-        if video.cut_off:
-            read = f"{video.frames_read} of {video.frame_count} frames"
-            raise FormatError(f"{args.input}: cut off or damaged: {read} could be read")
+        video.check_whole()
     return 0
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from qpwc_core.cli.common import positive_float, progress
-from qpwc_core.errors import FormatError, QpwcError
+from qpwc_core.errors import CutOffError, FormatError, QpwcError
 
 help = "make a rosbag2 recording of a video, images, or a TUM, EuRoC or KITTI sequence"
 example = "qpwc bag drive.mp4 -o drive"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert; the bag appears whole or not at all."""
+    """Convert; the bag appears whole or not at all, but of a video that is cut off it has what can be read."""
     try:
         from qpwc_ros.convert.sources import Settings, items
     except ImportError as error:
@@ -70,6 +70,7 @@ def write(messages, target: Path, step=lambda: None) -> dict[str, int]:
         How many there were, by topic; if none, nothing is written.
 
     Raises:
+        CutOffError: from `messages`; those before it have been written.
         OSError: it cannot be written; nothing is left.
     """
     from rosbags.rosbag2 import StoragePlugin, Writer
@@ -83,19 +84,25 @@ def write(messages, target: Path, step=lambda: None) -> dict[str, int]:
     shutil.rmtree(temporary.parent, ignore_errors=True)
     temporary.parent.mkdir(parents=True)
     counts: dict[str, int] = {}
+    cut_off: CutOffError | None = None
     try:
         with Writer(temporary, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
             connections = {}
-            for item in messages:
-                if item.topic not in connections:
-                    connections[item.topic] = writer.add_connection(item.topic, item.msgtype, typestore=store)
-                    counts[item.topic] = 0
-                raw = store.serialize_cdr(item.message, item.msgtype)
-                writer.write(connections[item.topic], item.stamp, raw)
-                counts[item.topic] += 1
-                step()
+            try:
+                for item in messages:
+                    if item.topic not in connections:
+                        connections[item.topic] = writer.add_connection(item.topic, item.msgtype, typestore=store)
+                        counts[item.topic] = 0
+                    raw = store.serialize_cdr(item.message, item.msgtype)
+                    writer.write(connections[item.topic], item.stamp, raw)
+                    counts[item.topic] += 1
+                    step()
+            except CutOffError as error:
+                cut_off = error
         if counts:
             temporary.rename(target)
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
+    if cut_off is not None:
+        raise cut_off
     return counts

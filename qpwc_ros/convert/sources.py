@@ -87,6 +87,7 @@ def _video(path: Path, settings: Settings) -> Iterator[Item]:
             yield camera_info(stamp, "/camera/camera_info", "camera", size, _assumed(settings, size))
             topic = "/camera/image_raw/compressed"
             yield compressed_image(stamp, topic, "camera", jpeg.tobytes(), "jpeg")
+        video.check_whole()
 
 
 def _images(directory: Path, settings: Settings) -> Iterator[Item]:
