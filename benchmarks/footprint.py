@@ -78,7 +78,13 @@ def sizes(options: argparse.Namespace) -> dict[str, float]:
     from qpwc_core import FlowEstimator
     from qpwc_ros.replay.resources import rss_mb
 
-    estimator = FlowEstimator.load(options.model, precision=options.precision, threads=options.threads)
+    # So that an image of an input's size goes there: each takes memory when it is first used, some only then by chance.
+    estimator = FlowEstimator.load(
+        options.model, precision=options.precision, threads=options.threads, enlarge=1.0
+    )
+    for size in estimator.info.sizes:
+        frame = np.zeros((size.height, size.width, 3), np.uint8)
+        estimator(frame, frame)
     rng = np.random.default_rng(0)
     warm = 0.0
     for change in range(options.sizes):

@@ -99,7 +99,7 @@ class FlowEstimator:
             to rounding.
           delegate: An accelerator's library, which is offered every operation first.
           refine: Whether the network's flow is refined on the images, which makes it more accurate by fractions
-            of a pixel and at the edges of what moves, for about a third of OpenCV DIS medium's time; by default as
+            of a pixel and at the edges of what moves, for a third to a half of OpenCV DIS medium's time; by default as
             the model says: "qpwc" refines, "qpwc_fast" does not.
           enlarge: How much larger than the image the network's input should be, as long as it is none larger than
             the default one, 640x480. That makes the flow of small images more accurate, for up to the time of one of
