@@ -11,11 +11,9 @@ recipe's file computed in float with only some of its tensors rounded (qpwc_core
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import importlib
-import io
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -26,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from qpwc_core import atomic
 from qpwc_core.ending import end_with
+from qpwc_core.training.tables import write_table
 
 ROWS = ("float", "plain", "calibration", "shipped", "16x8", "groups", "flow", "qat", "quantizer")
 FIELDS = ("row", "epe", "ratio", "worst_ratio", "difference", "size_mb", "note")
@@ -342,12 +340,6 @@ class Ablation:
 def write(rows: list[dict[str, str]], directory: Path, network: str, command: str, pairs: int) -> list[Path]:
     """The table as ``ablation_NETWORK.csv`` and ``.md``."""
     directory.mkdir(parents=True, exist_ok=True)
-    table, page = (directory / f"ablation_{network}.{kind}" for kind in ("csv", "md"))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, FIELDS)
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic.write_bytes(table, text.getvalue().encode())
     lines = [
         f"# What int8 costs: {network}", "",
         f"`{command}`", "",
@@ -357,8 +349,7 @@ def write(rows: list[dict[str, str]], directory: Path, network: str, command: st
         "|---|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     lines += ["| " + " | ".join(row[field] for field in FIELDS) + " |" for row in rows]
-    atomic.write_bytes(page, ("\n".join(lines) + "\n").encode())
-    return [table, page]
+    return write_table(directory / f"ablation_{network}", FIELDS, rows, lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import io
 import json
 import shlex
 import sys
@@ -25,9 +24,9 @@ from pathlib import Path
 # The package beside this program, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qpwc_core import atomic
 from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
+from qpwc_core.training.tables import write_table
 
 FIELDS = ("network", "parameters", "multiply_adds", "time", "pairs", "train_epe", "epe_half_way", "epe", "ratio")
 # Of a run's options, those that the page tells.
@@ -109,23 +108,18 @@ def check_alike(runs: list[Run]) -> None:
                 raise ValueError(f"{name} is {values[0]} in {first.directory} and {values[1]} in {run.directory}")
 
 
-def export(run: Run, size: tuple[int, int], pairs: int, path: Path) -> None:
-    """Writes the run's network in int8, for images of (height, width) alone."""
-    from qpwc_core.model.network import build_network
-    from qpwc_core.quantization.calibration import calibrate
-    from qpwc_core.quantization.configs import build_quantized_network, load_float_weights
-    from qpwc_core.quantization.export import export_network
-    from qpwc_core.quantization.pipeline import QuantizeConfig, calibration_images
+def export(run: Run, size: tuple[int, int], config, images, path: Path) -> None:
+    """Writes the run's network in int8, for images of (height, width) alone.
 
-    config = QuantizeConfig(textures=run.options["textures"], calibration_pairs=pairs)
+    Args:
+        config, images: what ranges are measured by, and on; see ``quantization.pipeline.calibrated_network``.
+    """
+    from qpwc_core.quantization.export import export_network
+    from qpwc_core.quantization.pipeline import calibrated_network
+
     point = dataclasses.replace(run.network, height=size[0], width=size[1], sizes=(), refine=False)
-    network = build_network(point, config.height, config.width)
-    network.load_weights(run.weights)
-    quantized = build_quantized_network(point, config.height, config.width, cost_form="slices")
-    load_float_weights(quantized, network)
-    calibrate(quantized, calibration_images(config), config.percentile, config.method)
     weights = path.with_suffix(".weights.h5")
-    quantized.save_weights(weights)
+    calibrated_network(config, point, run.weights, images).save_weights(weights)
     export_network(point, weights, path, quantized=True)
 
 
@@ -135,15 +129,19 @@ def measure(runs: list[Run], size: tuple[int, int], repeats: int, calibration_pa
 
     from qpwc_core.model.network import build_network
     from qpwc_core.model.work import multiply_adds
+    from qpwc_core.quantization.pipeline import QuantizeConfig, calibration_images
     from qpwc_core.runtime.estimator import FlowEstimator
     from qpwc_core.timing import Contestant, moving_frames, streaming, time_by_turns, turns
 
     height, width = size
+    # Ranges of all are measured on the same pairs, those of the first run's textures, which are everyone's.
+    config = QuantizeConfig(textures=runs[0].options["textures"], calibration_pairs=calibration_pairs)
+    images = calibration_images(config)
     contestants = []
     with tempfile.TemporaryDirectory() as directory:
         for index, run in enumerate(tqdm(runs, desc="exporting", unit="network")):
             path = Path(directory) / f"{index}.tflite"
-            export(run, size, calibration_pairs, path)
+            export(run, size, config, images, path)
             step = streaming(FlowEstimator.load(str(path)))
             contestants.append(Contestant(run.name, f"{width}x{height}", step))
         with tqdm(total=turns(repeats), desc="timing", unit="frame") as bar:
@@ -185,12 +183,6 @@ def write(rows: list[dict], runs: list[Run], directory: Path, command: str, size
     """The table as ``networks.csv`` and ``networks.md``."""
     from qpwc_core.machine import describe_machine
 
-    table, page = (directory / f"networks.{kind}" for kind in ("csv", "md"))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, FIELDS)
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic.write_bytes(table, text.getvalue().encode())
     options = runs[0].options
     machine = "; ".join(f"{name} {value}" for name, value in describe_machine().items())
     lines = [
@@ -207,8 +199,7 @@ def write(rows: list[dict], runs: list[Run], directory: Path, command: str, size
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    atomic.write_bytes(page, ("\n".join(lines) + "\n").encode())
-    return [table, page]
+    return write_table(directory / "networks", FIELDS, rows, lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+import tf_keras as keras
 
 from qpwc_core.data.pipeline import flow_samples, validation_samples
 from qpwc_core.model.config import NetworkConfig, network_config, network_name
@@ -130,16 +131,22 @@ def _calibrated(config: QuantizeConfig, point: NetworkConfig, weights: Path, dir
     calibrated = directory / "calibrated.weights.h5"
     if calibrated.exists():
         return calibrated
+    loop.save_weights(calibrated_network(config, point, weights, calibration_images(config)), calibrated)
+    return calibrated
+
+
+def calibrated_network(
+    config: QuantizeConfig, point: NetworkConfig, weights: Path, images: list[np.ndarray]
+) -> keras.Model:
+    """The quantized network with float weights, and with ranges measured on what :func:`calibration_images` gives."""
     network = build_network(point, config.height, config.width)
     network.load_weights(weights)
-    images = calibration_images(config)
     if config.equalize:
         equalize(network, images)
     measured = build_quantized_network(point, config.height, config.width, cost_form="slices")
     load_float_weights(measured, network)
     calibrate(measured, images, config.percentile, config.method, config.fine_range)
-    loop.save_weights(measured, calibrated)
-    return calibrated
+    return measured
 
 
 def _fine_tuner(
