@@ -136,59 +136,47 @@ def brute_force(prev: np.ndarray, warped: np.ndarray, radius: int, scale: float 
     return cost
 
 
-FORMS = [layers.cost_volume_matmul, layers.cost_volume_slices]
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape, radius", [((2, 4, 6, 5), 1), ((1, 5, 3, 4), 4), ((2, 6, 7, 8), 3)])
-def test_both_forms_are_the_definition(form, shape, radius):
-    """Order of the channels, zero outside; also where the search reaches farther than the image."""
+@pytest.mark.parametrize(
+    "shape, radius",
+    [((2, 4, 6, 5), 1), ((1, 5, 3, 4), 4), ((2, 6, 7, 8), 3), ((2, 12, 8, 3), 2), ((1, 17, 21, 2), 6), ((1, 1, 30, 3), 1)],
+)
+def test_the_cost_volume_is_the_definition(shape, radius):
+    """Order of the channels, zero outside; also where the search reaches farther than the image, where tiles fit into it
+    and where they do not."""
     prev, warped = random(*shape), random(*shape, seed=1)
-    cost = form(tf.constant(prev), tf.constant(warped), radius).numpy()
+    cost = layers.cost_volume(tf.constant(prev), tf.constant(warped), radius).numpy()
     np.testing.assert_allclose(cost, brute_force(prev, warped, radius), atol=1e-5)
-    cost = form(tf.constant(prev), tf.constant(warped), radius, 10.0).numpy()
+    cost = layers.cost_volume(tf.constant(prev), tf.constant(warped), radius, 10.0).numpy()
     np.testing.assert_allclose(cost, brute_force(prev, warped, radius, 10.0), atol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_cost_volume_peaks_at_the_true_shift(form):
+def test_the_cost_volume_peaks_at_the_true_shift():
     """If next(p + d) == prev(p), channel (dy + r)(2r + 1) + dx + r is the largest."""
     radius, dx, dy = 3, 2, -1
     prev = random(1, 10, 12, 16)
     prev /= np.linalg.norm(prev, axis=-1, keepdims=True)
-    cost = form(tf.constant(prev), tf.constant(np.roll(prev, (dy, dx), axis=(1, 2))), radius).numpy()
+    cost = layers.cost_volume(tf.constant(prev), tf.constant(np.roll(prev, (dy, dx), axis=(1, 2))), radius).numpy()
     peak = cost.argmax(axis=-1)[:, radius:-radius, radius:-radius]
     assert (peak == (dy + radius) * (2 * radius + 1) + dx + radius).all()
 
 
-def test_both_forms_have_the_same_gradients():
-    """Training in one form and exporting the other is the same network."""
-    gradients = []
-    for form in FORMS:
-        prev, warped = tf.Variable(random(2, 4, 5, 3)), tf.Variable(random(2, 4, 5, 3, seed=1))
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(form(prev, warped, 2) ** 2)
-        gradients.append([g.numpy() for g in tape.gradient(loss, [prev, warped])])
-    for matmul, slices in zip(*gradients):
-        np.testing.assert_allclose(matmul, slices, atol=1e-4)
+def test_gradients_of_the_cost_volume_are_those_of_its_definition():
+    prev, warped = tf.Variable(random(2, 7, 5, 3)), tf.Variable(random(2, 7, 5, 3, seed=1))
+    radius = 2
+    with tf.GradientTape(persistent=True) as tape:
+        tiled = tf.reduce_sum(layers.cost_volume(prev, warped, radius, 3.0) ** 2)
+        padded = tf.pad(warped, [[0, 0], [radius, radius], [radius, radius], [0, 0]])
+        shifts = [padded[:, y : y + 7, x : x + 5] for y in range(2 * radius + 1) for x in range(2 * radius + 1)]
+        direct = tf.add_n([tf.reduce_sum((3.0 * tf.reduce_sum(prev * one, axis=-1)) ** 2) for one in shifts])
+    for variable in (prev, warped):
+        np.testing.assert_allclose(tape.gradient(tiled, variable), tape.gradient(direct, variable), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("width", [7, 12, 16])
-def test_inner_rounding_of_the_cost_volume_is_bounded(width):
-    """One product per channel and the sum, each off by at most half a step of 2/255, however many cells a sum takes."""
-    prev, warped = random(1, 6, width, 8), random(1, 6, width, 8, seed=1)
-    prev, warped = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (prev, warped))
-    scale = 10.0
-    layer = layers.CostVolume(2, scale, "slices", quantized=True)
-    layer([prev, warped])
-    layer.ranges["sum"].assign([-scale, scale])
-    error = np.abs(layer([prev, warped]).numpy() - brute_force(prev, warped, 2, scale)).max()
-    assert 0 < error <= scale * (8 + 1) / 255
-
-
-def test_an_unknown_form_is_refused():
-    with pytest.raises(ValueError, match="'matmul' or 'slices', got 'fast'"):
-        layers.CostVolume(2, form="fast")
+def test_the_cost_volume_of_a_batch_of_unknown_size():
+    prev, warped = random(3, 7, 9, 4), random(3, 7, 9, 4, seed=1)
+    signature = [tf.TensorSpec((None, 7, 9, 4))] * 2
+    cost = tf.function(lambda a, b: layers.cost_volume(a, b, 2), input_signature=signature)(prev, warped)
+    np.testing.assert_allclose(cost, brute_force(prev, warped, 2), atol=1e-5)
 
 
 # --- Resizing --------------------------------------------------------------------------------------------
@@ -269,7 +257,7 @@ def test_split_takes_the_halves_of_static_and_unknown_batches():
 @pytest.mark.parametrize(
     "layer",
     [
-        layers.CostVolume(3, 10.0, "slices", quantized=True),
+        layers.CostVolume(3, 10.0),
         layers.Warp(quantized=True),
         layers.Split(1),
         layers.ScaleFlow(0.25),

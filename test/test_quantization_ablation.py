@@ -102,7 +102,7 @@ def files(tmp_path_factory):
     network = build_network(SHALLOW, SHALLOW.height, SHALLOW.width)
     initialize_from_data(network, IMAGES[0])
     network.save_weights(directory / "float.weights.h5")
-    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width)
     load_float_weights(quantized, network)
     calibrate(quantized, IMAGES, method="min-max")
     quantized.save_weights(directory / "int8.weights.h5")

@@ -44,7 +44,7 @@ SIGNATURES = {(64, 96): ("encode", "match"), (64, 64): ("encode_64x64", "match_6
 def lively_network(config: NetworkConfig, height: int, width: int) -> keras.Model:
     """A float network with flow of pixels: that of a freshly initialized one would hide errors."""
     keras.utils.set_random_seed(2)
-    network = build_network(config, height, width, cost_form="slices")
+    network = build_network(config, height, width)
     initialize_from_data(network, pairs(6, height, width))
     for layer in network.layers:
         if layer.name.startswith(("flow_step", "flow_context")):
@@ -65,7 +65,7 @@ def finest(network: keras.Model, config: NetworkConfig, images: np.ndarray) -> n
 def shallow() -> tuple[keras.Model, keras.Model]:
     """(float, calibrated) networks with equal weights."""
     network = lively_network(SHALLOW, SHALLOW.height, SHALLOW.width)
-    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width)
     load_float_weights(quantized, network)
     calibrate(quantized, [pairs(6, SHALLOW.height, SHALLOW.width)], percentile=100)
     return network, quantized
@@ -102,7 +102,7 @@ def test_all_but_the_flow_is_rounded(shallow):
     assert not [name for name in ranges if name.startswith(("flow_up", "flow_add"))]
     rounded = {"image", "cost_2", "cost_3", "warp_2", "match_2", "match_3", "flow_input_2"}
     assert rounded <= set(ranges) & layers
-    assert {"warp_2/weight", "warp_2/sample", "cost_3/product", "cost_3/sum"} <= set(ranges)
+    assert {"warp_2/weight", "warp_2/sample"} <= set(ranges)
 
 
 def test_calibration_sets_every_range(shallow):
@@ -126,7 +126,6 @@ def test_tensors_that_share_a_scale_share_a_range(shallow):
     ranges = {name: tuple(variable.numpy()) for name, variable in range_variables(shallow[1]).items()}
     assert ranges["hidden_up_2"] == ranges["project_hidden_2"]
     assert ranges["warp_2"] == ranges["warp_2/sample"] == ranges["match_2"]
-    assert ranges["cost_2/sum"] == ranges["cost_2"] and ranges["cost_3/sum"] == ranges["cost_3"]
 
 
 def test_kernel_ranges_are_the_kernels(shallow):
@@ -158,16 +157,10 @@ def test_rounding_changes_the_flow_little(shallow):
     assert 0 < difference.mean() < 0.15 * np.abs(flow).mean()
 
 
-def test_calibration_needs_the_form_that_is_exported(shallow):
-    """As one matrix product the cost volume has no inner tensors to measure."""
-    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="matmul")
-    load_float_weights(quantized, shallow[0])
-    with pytest.raises(ValueError, match="cost_3/product; calibrate in the 'slices' cost form"):
-        calibrate(quantized, [pairs(1, SHALLOW.height, SHALLOW.width)])
-    # A calibrated network's weights, ranges included, do fit: fine-tuning runs in this form.
-    quantized.set_weights(shallow[1].get_weights())
-    for name, variable in range_variables(shallow[1]).items():
-        np.testing.assert_array_equal(range_variables(quantized)[name].numpy(), variable.numpy())
+def test_calibration_needs_images(shallow):
+    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width)
+    with pytest.raises(ValueError, match="no activations seen for"):
+        calibrate(quantized, [])
     assert not any(getattr(wrapped(layer), "observer", None) for layer in quantized.layers)
 
 
@@ -186,7 +179,7 @@ def test_gradients_reach_every_weight_through_the_rounding(shallow):
 def test_fine_tuning_towards_the_float_network(shallow):
     """The distance to its flow falls, and its own weights stay."""
     network, calibrated = shallow
-    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    quantized = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width)
     quantized.set_weights(calibrated.get_weights())
     trainer = DistilledTrainer(quantized, network, 1.0)
     prepare_optimizer(trainer, TrainConfig(steps=40, warmup=1, learning_rate=1e-3, weight_decay=0.0), jit_compile=False)
@@ -205,10 +198,10 @@ def test_fine_tuning_towards_the_float_network(shallow):
 
 def test_the_finest_levels_keep_a_share_of_their_range(shallow):
     network, calibrated = shallow
-    cut = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    cut = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width)
     load_float_weights(cut, network)
     calibrate(cut, [pairs(4, SHALLOW.height, SHALLOW.width)], fine_range=0.5)
-    whole = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width, cost_form="slices")
+    whole = build_quantized_network(SHALLOW, SHALLOW.height, SHALLOW.width)
     load_float_weights(whole, network)
     calibrate(whole, [pairs(4, SHALLOW.height, SHALLOW.width)])
     for name, variable in range_variables(whole).items():
@@ -371,8 +364,7 @@ def test_all_convolutions_are_int8_but_those_of_the_flow_and_its_context(exporte
     assert {tensor_of(name).partition("/")[0] for name in kinds["FLOAT32"]} == float_convolutions(DEEP)
     assert len(kinds["FLOAT32"]) == len(float_convolutions(DEEP)) * len(SIGNATURES)
     convolutions = sum(isinstance(layer, keras.layers.Conv2D) for layer in exported.network.layers)
-    summed = sum(2 * radius + 1 for radius in DEEP.radii)  # the cost volumes' sums over channels
-    assert len(kinds["INT8"]) == (convolutions - len(float_convolutions(DEEP)) + summed) * len(SIGNATURES)
+    assert len(kinds["INT8"]) == (convolutions - len(float_convolutions(DEEP))) * len(SIGNATURES)
 
 
 #: Every float tensor that the int8 file may have, by name, and the most channels it may have: (pattern, channels).
@@ -381,7 +373,7 @@ ALLOWED_FLOATS = {
     "the flow in pixels of the image": (r"StatefulPartitionedCall:0", 2),
     "the flow for the decoder, before it is rounded": (r"flow_input_\d/(clip_by_value|mul)(/.*)?", 2),
     "coordinates and bilinear weights": (
-        r"warp_\d/(add|Reshape|Maximum|Minimum|Floor|sub|strided_slice|mul|Const)(_\d+)?(/y)?", 2
+        r"warp_\d/(add|Reshape|Maximum|Minimum|Floor|sub|Slice|mul|Const)(_\d+)?(/y)?", 2
     ),
     "factors on the flow, biases": (r"(arith\.constant\d*|mul/y)", max(DEEP.context)),
     "kernels of the flow's convolutions": (r"(flow_(step|context)_\d|context_\d_conv\d)/Conv2D", 64),
@@ -389,6 +381,11 @@ ALLOWED_FLOATS = {
     "feature vectors, their lengths, and both divided": (
         r"(embed_\d/FakeQuantWithMinMaxVars|match_\d/(Square|Mean|mul|add|Rsqrt|mul_1))", DEEP.match_channels
     ),
+    "an image on its way from uint8 to int8": (r"encode(_\d+x\d+)?_image:0/float", 3),
+    "the features of a cost volume's tiles": (
+        r"cost_\d/(Reshape_51|mul|Reshape_1;FakeQuantWithMinMaxVars(_\d)?1)", DEEP.match_channels
+    ),
+    "their products, before they are rounded": (r"cost_\d/MatMul", 96),
     "costs and their softmax": (r"(vote_)?shares_\d/Softmax/float(_input)?", (2 * max(DEEP.radii) + 1) ** 2),
     "what these convolutions read": (rf"decoder_\d_act{len(DEEP.decoder) - 2}/FakeQuantWithMinMaxVars", 64),
 }
@@ -397,11 +394,18 @@ ALLOWED_FLOATS = {
 def float_tensors_not_allowed(model) -> list[str]:
     """Names of the float tensors, constants included, that are in no list."""
     return [
-        tensor_of(tensor.name.decode())
+        label(tensor)
         for subgraph in model.subgraphs
         for tensor in subgraph.tensors
-        if TYPES[tensor.type] == "FLOAT32" and not allowed(tensor_of(tensor.name.decode()), tensor.shape)
+        if TYPES[tensor.type] == "FLOAT32" and not allowed(label(tensor), tensor.shape)
     ]
+
+
+def label(tensor) -> str:
+    """What a tensor's name says it is. A float twin of an int8 tensor has its name and a 1 behind it."""
+    name = tensor.name.decode()
+    first = tensor_of(name)
+    return f"{first};{name.rpartition(';')[2]}" if first.startswith("cost_") and ";" in name else first
 
 
 def allowed(name: str, shape) -> bool:
@@ -416,7 +420,7 @@ def test_no_float_tensor_is_outside_of_the_allow_list(exported):
 def test_the_allow_list_has_nothing_that_is_not_there(exported):
     """An entry that matches no tensor any more would let a new one slip through."""
     names = {
-        (tensor_of(tensor.name.decode()))
+        label(tensor)
         for subgraph in exported.model("int8").subgraphs
         for tensor in subgraph.tensors
         if TYPES[tensor.type] == "FLOAT32"
@@ -433,7 +437,7 @@ def test_any_int8_tensor_that_became_float_would_be_noticed(exported):
         for tensor in subgraph.tensors:
             if TYPES[tensor.type] == "INT8":
                 tensor.type = schema.TensorType.FLOAT32
-                assert float_tensors_not_allowed(model) == [tensor_of(tensor.name.decode())]
+                assert float_tensors_not_allowed(model) == [label(tensor)]
                 tensor.type = schema.TensorType.INT8
                 changed += 1
     assert changed > 150
@@ -445,8 +449,8 @@ def test_encoding_leaves_int8_only_for_the_length_of_the_features(exported, size
     model = exported.model("int8")
     steps = list(operators(model, subgraph_of(model, SIGNATURES[size][0])))
     crossings = [[name for name, *_ in steps].count(kind) for kind in ("DEQUANTIZE", "QUANTIZE")]
-    # The image is rounded as well.
-    assert crossings == [len(DEEP.levels), len(DEEP.levels) + 1]
+    # The image is rounded as well, by way of float.
+    assert crossings == [len(DEEP.levels) + 1, len(DEEP.levels) + 1]
     for name, inputs, outputs in steps:
         if TYPES[outputs[0].type] == "FLOAT32":
             assert name in ("DEQUANTIZE", "SQUARE", "MEAN", "MUL", "ADD", "RSQRT")
@@ -463,23 +467,39 @@ def test_no_operation_is_left_whose_int8_form_differs_between_processors(exporte
 
 @pytest.mark.parametrize("size", SIGNATURES)
 def test_wide_float_tensors_are_only_what_float_convolutions_read(exported, size):
-    """Each is made by a single step from int8, but for those inside of the context network and a softmax's."""
+    """Each is made by a single step from int8, but for those inside of the context network, a softmax and a cost volume."""
     model = exported.model("int8")
     read, wide, made_from_int8 = set(), set(), 0
     for name, inputs, outputs in operators(model, subgraph_of(model, SIGNATURES[size][1])):
         if name == "CONV_2D" and TYPES[outputs[0].type] == "FLOAT32":
             read.add(inputs[0].name)
         for tensor in outputs:
-            if TYPES[tensor.type] != "FLOAT32" or tensor.shape[-1] <= 2 or "Softmax" in tensor.name.decode():
+            within = tensor_of(tensor.name.decode())
+            if TYPES[tensor.type] != "FLOAT32" or tensor.shape[-1] <= 2 or re.match(r".*Softmax|cost_\d/", within):
                 continue
             if name == "DEQUANTIZE":
                 made_from_int8 += 1
             else:
-                assert tensor_of(tensor.name.decode()).startswith("context_5_"), (name, tensor.name)
+                assert within.startswith("context_5_"), (name, tensor.name)
             if name != "CONV_2D":  # its leaky unit's output is what the next one reads
                 wide.add(tensor.name)
     assert wide == read
     assert made_from_int8 == len(DEEP.levels)
+
+
+@pytest.mark.parametrize("size", SIGNATURES)
+def test_a_cost_volume_is_one_product_of_what_was_int8_and_is_int8_again(exported, size):
+    """The features become float just before it; its result is rounded at once."""
+    model = exported.model("int8")
+    steps = list(operators(model, subgraph_of(model, SIGNATURES[size][1])))
+    made_by = {outputs[0].name: (name, inputs[0]) for name, inputs, outputs in steps}
+    taken_by = {tensor.name: name for name, inputs, _ in steps for tensor in inputs}
+    products = [step for step in steps if step[0] == "BATCH_MATMUL"]
+    assert len(products) == len(DEEP.levels)
+    for _, (queries, keys), (product, *_) in products:
+        kind, unscaled = made_by[queries.name]
+        assert kind == "MUL" and made_by[unscaled.name][0] == "DEQUANTIZE"
+        assert made_by[keys.name][0] == "DEQUANTIZE" and taken_by[product.name] == "QUANTIZE"
 
 
 @pytest.mark.parametrize("size", SIGNATURES)
@@ -499,7 +519,7 @@ def test_the_float_file_computes_what_tensorflow_does(exported, size):
 @pytest.mark.parametrize("size", SIGNATURES)
 def test_the_int8_file_computes_what_was_simulated(exported, size):
     """Its flow is close to the float flow, and much closer to the simulated rounding."""
-    quantized = build_quantized_network(DEEP, *size, cost_form="slices")
+    quantized = build_quantized_network(DEEP, *size)
     quantized.load_weights(exported.directory / "calibrated.weights.h5")
     network = build_network(DEEP, *size)
     network.set_weights(exported.network.get_weights())
@@ -598,6 +618,39 @@ def test_a_softmax_in_float_between_int8(tmp_path):
         shares = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
         # Half a step, of 16/255, in all costs changes a share by at most half of that.
         np.testing.assert_allclose(shares, tf.nn.softmax(row), atol=8 / 255 / 2 + 0.5 / 256 + 1e-6)
+
+
+def test_bytes_become_int8_by_way_of_float(tmp_path):
+    """Every one of the 256 values as before; without uint8 nothing changes."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    module = tf.Module()
+    module.f = tf.function(lambda x: tf.nn.max_pool2d(x, 1, 1, "VALID"), input_signature=[tf.TensorSpec(values.shape)])
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([module.f.get_concrete_function()], module)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: iter([[values.astype(np.float32) / 128 - 1]])
+    results = {}
+    for kind, change in (
+        (tf.int8, flatbuffer.float_between_bytes), (tf.uint8, lambda model: None), (tf.uint8, flatbuffer.float_between_bytes)
+    ):  # fmt: skip
+        converter.inference_input_type, converter.inference_output_type = kind, tf.int8
+        model = flatbuffer.merge([converter.convert()])
+        change(model)
+        flatbuffer.write(model, tmp_path / "bytes.tflite")
+        interpreter = Interpreter(str(tmp_path / "bytes.tflite"))
+        interpreter.allocate_tensors()
+        given = values if kind == tf.uint8 else (values.astype(np.int16) - 128).astype(np.int8)
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], given)
+        interpreter.invoke()
+        operations = tuple(name for name, *_ in operators(model, model.subgraphs[0]))
+        results[operations] = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    assert [set(names) for names in results] == [
+        {"MAX_POOL_2D"}, {"QUANTIZE", "MAX_POOL_2D"}, {"DEQUANTIZE", "QUANTIZE", "MAX_POOL_2D"}
+    ]  # fmt: skip
+    plain, slow, fast = results.values()
+    np.testing.assert_array_equal(fast, slow)
+    np.testing.assert_array_equal(fast, plain)
 
 
 # --- What cannot work ------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class Ablation:
         path = self._directory / f"{method}{'_equalized' if equalized else ''}.tflite"
         if path.exists():
             return path
-        quantized = build_quantized_network(self.point, self.config.height, self.config.width, cost_form="slices")
+        quantized = build_quantized_network(self.point, self.config.height, self.config.width)
         load_float_weights(quantized, self._network(self._float_weights(equalized)))
         calibrate(quantized, self.images, self.config.percentile, method)
         weights = self._directory / f"{path.stem}.weights.h5"

@@ -6,7 +6,6 @@ whose *inside* needs ranges in an int8 graph derives from :class:`InnerRanges`.
 
 from __future__ import annotations
 
-import math
 from typing import Callable
 
 import tensorflow as tf
@@ -15,8 +14,9 @@ import tf_keras as keras
 PIXEL_ZERO = 128.0
 PIXEL_SCALE = 1.0 / 128.0
 
-# Cells of a cost volume whose channels one convolution sums; more of them multiply with ever more zeros.
-_SUMMED_TOGETHER = 8
+# Cells of a cost volume's tile: larger ones compute more products that nobody wants, smaller ones copy more features.
+# Kernels for matrix products take 5 to 7 rows at once.
+_TILE_HEIGHT, _TILE_WIDTH = 6, 4
 # Under the root of a feature vector's squared length.
 _LENGTH_EPSILON = 1e-6
 
@@ -67,18 +67,20 @@ def bilinear_warp(features: Tensor, flow: Tensor, inner: dict[str, Quantizer] | 
     quantize_sample = inner["sample"] if inner else _identity
     batch, height, width, channels = features.shape
 
-    def place(axis: int, size: int, shape: list[int]) -> tuple[Tensor, Tensor]:
-        """Lower neighbour and fraction of the coordinate to sample at, one of x (0) and y (1)."""
+    def place(along: Tensor, size: int, shape: list[int]) -> tuple[Tensor, Tensor]:
+        """Lower neighbour and fraction of the coordinate to sample at, from the flow along one axis."""
         # A row and a column instead of a grid, which for every level and input size would be half of an int8 file.
         here = tf.reshape(tf.range(size, dtype=tf.float32), shape)
-        position = tf.minimum(tf.maximum(flow[..., axis : axis + 1] + here, 0.0), size - 1.0)
+        position = tf.minimum(tf.maximum(along + here, 0.0), size - 1.0)
         # The lower neighbour stays one short of the border, so its upper neighbour always exists; on the
         # border itself the fraction is then exactly 1. Negative sizes cannot occur: height, width >= 2.
         corner = tf.minimum(tf.floor(position), size - 2.0)
-        return tf.cast(corner, tf.int32)[..., 0], position - corner
+        return tf.squeeze(tf.cast(corner, tf.int32), -1), position - corner
 
-    x0, fx = place(0, width, [1, 1, width, 1])
-    y0, fy = place(1, height, [1, height, 1, 1])
+    # Not flow[..., :1], which is exported with masks that the fast kernels do not know.
+    flow_x, flow_y = (tf.slice(flow, [0, 0, 0, axis], [-1, -1, -1, 1]) for axis in (0, 1))
+    x0, fx = place(flow_x, width, [1, 1, width, 1])
+    y0, fy = place(flow_y, height, [1, height, 1, 1])
 
     if batch is None:
         offset = tf.range(tf.shape(features)[0])[:, tf.newaxis, tf.newaxis] * (height * width)
@@ -95,11 +97,13 @@ def bilinear_warp(features: Tensor, flow: Tensor, inner: dict[str, Quantizer] | 
     return top + bottom
 
 
-def cost_volume_matmul(prev: Tensor, warped: Tensor, radius: int, scale: float = 1.0) -> Tensor:
-    """Cost volume as one matrix product per row shift; the cheap form for training.
+def cost_volume(prev: Tensor, warped: Tensor, radius: int, scale: float = 1.0) -> Tensor:
+    """Correlation of every pixel with its (2r+1)^2 neighbourhood, as one small matrix product per tile of the image.
 
-    A row of ``prev`` times the transposed, padded row of ``warped`` holds every horizontal shift; the
-    wanted band of 2r+1 diagonals becomes columns by re-reading the rows with a pitch one longer.
+    A tile of ``prev`` times all that its cells can reach in ``warped`` holds every wanted product, and per cell little
+    else. All tiles are one batch, in a product that an int8 graph computes in float32, without rounding in
+    between; all around it is copying of whole rows. The wanted rows of each row of a tile are a slice, the wanted columns
+    a band of diagonals, which become columns by re-reading the rows with a pitch one longer.
 
     Args:
         prev, warped: BxHxWxC.
@@ -110,54 +114,62 @@ def cost_volume_matmul(prev: Tensor, warped: Tensor, radius: int, scale: float =
         BxHxWx(2r+1)^2: channel (dy + r) * (2r + 1) + (dx + r) is scale * sum_c prev(p) * warped(p + (dx, dy)),
         zero outside of the image. (Sun et al., "PWC-Net", CVPR 2018, eq. 3.)
     """
-    _, height, width, _ = prev.shape
-    size = 2 * radius + 1
-    padded = tf.pad(warped, [[0, 0], [radius, radius], [radius, radius], [0, 0]])
-    bands = []
-    for row in range(size):
-        products = tf.matmul(prev, padded[:, row : row + height], transpose_b=True)
-        flat = tf.reshape(products, [-1, height, width * (width + 2 * radius)])
-        flat = tf.pad(flat, [[0, 0], [0, 0], [0, width]])
-        bands.append(tf.reshape(flat, [-1, height, width, width + size])[..., :size])
-    return tf.concat(bands, axis=-1) * scale
-
-
-def cost_volume_slices(
-    prev: Tensor,
-    warped: Tensor,
-    radius: int,
-    scale: float = 1.0,
-    inner: dict[str, Quantizer] | None = None,
-) -> Tensor:
-    """The same cost volume from operations an int8 runtime has fast kernels for.
-
-    The shifts of a row are stacked on the batch axis, multiplied by ``prev`` at once, and summed over
-    channels by a 1x1 convolution with a constant kernel. Slicing columns once for all rows, and one transpose
-    for all shifts, keep the copying around it small. Fast kernels compute many output channels at once, and a sum is
-    a single one; so cells side by side are taken as the channels of one, and each has its own sum, by a kernel that
-    is zero elsewhere.
-
-    Args:
-        inner: optional quantizers ``product`` (prev times shifted) and ``sum`` (the result).
-    """
-    quantize_product = inner["product"] if inner else _identity
-    quantize_sum = inner["sum"] if inner else _identity
     _, height, width, channels = prev.shape
     size = 2 * radius + 1
-    padded = tf.pad(warped, [[0, 0], [radius, radius], [radius, radius], [0, 0]])
-    together = math.gcd(width, _SUMMED_TOGETHER) if inner else 1  # float kernels take a single channel well
-    summing = tf.reshape(tf.repeat(scale * tf.eye(together), channels, axis=0), [1, 1, together * channels, together])
-    if inner:
-        summing = tf.quantization.fake_quant_with_min_max_args(summing, min=-scale, max=scale, narrow_range=True)
-    columns = tf.concat([padded[:, :, dx : dx + width] for dx in range(size)], axis=0)
-    stacked_prev = prev if prev.shape[0] == 1 else tf.concat([prev] * size, axis=0)
-    rows = []
-    for dy in range(size):
-        products = quantize_product(stacked_prev * columns[:, dy : dy + height])
-        products = tf.reshape(products, [-1, height, width // together, together * channels])
-        rows.append(quantize_sum(tf.nn.conv2d(products, summing, strides=1, padding="VALID")))
-    cost = tf.reshape(tf.concat(rows, axis=0), [size * size, -1, height, width])
-    return tf.transpose(cost, [1, 2, 3, 0])
+    rows, tile_height = _tiles(height, _TILE_HEIGHT)
+    columns, tile_width = _tiles(width, _TILE_WIDTH)
+    reach_y, reach_x = tile_height + 2 * radius, tile_width + 2 * radius
+    covered = (rows * tile_height, columns * tile_width)
+
+    queries = _padded(prev, (0, 0), covered)
+    queries = tf.reshape(queries, [-1, tile_height, columns, tile_width * channels])
+    queries = tf.reshape(tf.transpose(queries, [0, 2, 1, 3]), [-1, tile_height * tile_width, channels]) * scale
+
+    blocks_y, blocks_x = rows - 1 + -(-reach_y // tile_height), columns - 1 + -(-reach_x // tile_width)
+    keys = _padded(warped, (radius, radius), (blocks_y * tile_height, blocks_x * tile_width))
+    keys = tf.reshape(keys, [-1, blocks_y, tile_height, blocks_x * tile_width * channels])
+    keys = _overlapping(keys, rows, reach_y)
+    keys = tf.reshape(keys, [-1, blocks_x, tile_width * channels])
+    keys = _overlapping(keys, columns, reach_x * channels)
+    keys = tf.reshape(keys, [-1, reach_y, columns, reach_x * channels])
+    keys = tf.reshape(tf.transpose(keys, [0, 2, 1, 3]), [-1, reach_y * reach_x, channels])
+
+    products = tf.matmul(queries, keys, transpose_b=True)
+    products = tf.reshape(products, [-1, tile_height, tile_width, reach_y * reach_x])
+    wanted_rows = [products[:, y : y + 1, :, y * reach_x : (y + size) * reach_x] for y in range(tile_height)]
+    flat = tf.reshape(tf.concat(wanted_rows, axis=1), [-1, tile_width * size * reach_x])
+    flat = tf.reshape(tf.pad(flat, [[0, 0], [0, tile_width]]), [-1, tile_width, size * reach_x + 1])
+    cost = tf.reshape(flat[..., : size * reach_x], [-1, size, reach_x])[..., :size]
+    cost = tf.reshape(cost, [-1, columns, tile_height, tile_width * size * size])
+    cost = tf.reshape(tf.transpose(cost, [0, 2, 1, 3]), [-1, *covered, size * size])
+    return cost if covered == (height, width) else cost[:, :height, :width]
+
+
+def _tiles(length: int, about: int) -> tuple[int, int]:
+    """How many tiles of how many cells, about ``about``, cover ``length`` cells."""
+    count = max(1, round(length / about))
+    return count, -(-length // count)
+
+
+def _padded(features: Tensor, before: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Features with ``before`` rows and columns of zeros in front, and behind as many as make ``size``."""
+    _, *given, _ = features.shape
+    edges = [[first, whole - length - first] for first, whole, length in zip(before, size, given)]
+    return tf.pad(features, [[0, 0], *edges, [0, 0]]) if any(map(any, edges)) else features
+
+
+def _overlapping(blocks: Tensor, count: int, reach: int) -> Tensor:
+    """``count`` pieces of ``reach`` values each, beginning where the first blocks begin, and reaching over the next.
+
+    Args:
+        blocks: Bx(number of blocks)x(values of a block)x…
+
+    Returns:
+        Bx(count)x(reach)x…
+    """
+    length = blocks.shape[2]
+    starts = range(-(-reach // length))
+    return tf.concat([blocks[:, one : one + count, : min(length, reach - one * length)] for one in starts], axis=2)
 
 
 class InnerRanges(keras.layers.Layer):
@@ -235,31 +247,20 @@ class Warp(InnerRanges):
         return bilinear_warp(features, flow, self.inner())
 
 
-class CostVolume(InnerRanges):
-    """Correlation of every pixel with its (2r+1)^2 neighbourhood in the warped features.
+class CostVolume(keras.layers.Layer):
+    """:func:`cost_volume` of features of the previous frame and warped ones of the next."""
 
-    ``form`` selects between two implementations with the same values: ``matmul`` for training, ``slices``
-    for the exported graph.
-    """
-
-    INNER = ("product", "sum")
-
-    def __init__(self, radius: int, scale: float = 1.0, form: str = "matmul", **kwargs):
+    def __init__(self, radius: int, scale: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        if form not in ("matmul", "slices"):
-            raise ValueError(f"form must be 'matmul' or 'slices', got {form!r}")
         self.radius = radius
         self.scale = scale
-        self.form = form
 
     def call(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
         prev, warped = inputs
-        if self.form == "matmul":
-            return cost_volume_matmul(prev, warped, self.radius, self.scale)
-        return cost_volume_slices(prev, warped, self.radius, self.scale, self.inner())
+        return cost_volume(prev, warped, self.radius, self.scale)
 
     def get_config(self):
-        return {**super().get_config(), "radius": self.radius, "scale": self.scale, "form": self.form}
+        return {**super().get_config(), "radius": self.radius, "scale": self.scale}
 
 
 class NormalizeFeatures(keras.layers.Layer):

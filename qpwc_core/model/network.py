@@ -93,15 +93,13 @@ def decode(
     next_: Mapping[str, tf.Tensor],
     config: NetworkConfig,
     *,
-    cost_form: str = "matmul",
     quantized: bool = False,
 ) -> dict[str, tf.Tensor]:
     """Coarse-to-fine flow from two feature pyramids.
 
     Args:
         prev, next_: what :func:`encode` returns for each frame; of ``next_`` only ``match_l`` is used.
-        cost_form: see :class:`~qpwc_core.model.layers.CostVolume`.
-        quantized: give warps and cost volumes ranges for their inner tensors.
+        quantized: give warps ranges for their inner tensors.
 
     Returns:
         ``flow_l`` for every decoded level l: B x H/2**l x W/2**l x 2, in pixels of that level.
@@ -119,7 +117,7 @@ def decode(
             projected.append(_conv(decoder[0], 1, f"project_flow_{level}", activation=None)(flow_input))
             coarse = _conv(decoder[0], 1, f"project_hidden_{level}", activation=None)(hidden)
             projected.append(UpsampleFeatures(name=f"hidden_up_{level}")(coarse))
-        cost = CostVolume(radius, config.sharpness, cost_form, quantized=quantized, name=f"cost_{level}")(
+        cost = CostVolume(radius, config.sharpness, name=f"cost_{level}")(
             [prev[f"match_{level}"], target]
         )
         shares = ShiftShares(name=f"shares_{level}")(cost)
@@ -173,7 +171,6 @@ def build_network(
     width: int,
     *,
     batch: int | None = None,
-    cost_form: str = "matmul",
     quantized: bool = False,
 ) -> keras.Model:
     """The whole network on pairs of frames, stacked on the batch axis so that the encoder runs once.
@@ -201,7 +198,7 @@ def build_network(
         for name, value in stacked.items()
         if name.startswith("match_")
     }
-    flows = decode(prev, next_, config, cost_form=cost_form, quantized=quantized)
+    flows = decode(prev, next_, config, quantized=quantized)
     return keras.Model(images, flows, name=config.name)
 
 

@@ -21,7 +21,6 @@ from qpwc_core.quantization.configs import FIXED_RANGES, RangeQuantizer, set_wei
 TIES = (
     (re.compile(r"hidden_up_(\d+)"), r"project_hidden_\1"),
     (re.compile(r"warp_(\d+)(/sample)?"), r"match_\1"),
-    (re.compile(r"cost_(\d+)/sum"), r"cost_\1"),
 )
 
 
@@ -141,8 +140,7 @@ def calibrate(
             above it is cut off. 1: all of it.
 
     Raises:
-        ValueError: unknown method, or a tensor with a range was never seen (the network needs the "slices" cost
-            form).
+        ValueError: unknown method, or no images.
     """
     observation = _observation(method, percentile)
     set_weight_ranges(quantized)
@@ -161,4 +159,4 @@ def calibrate(
             share = fine_range if FINE_LEVELS.fullmatch(name) else 1.0
             variable.assign(share * np.array(observation.range_of(source)))
         else:
-            raise ValueError(f"no activations seen for {source}; calibrate in the 'slices' cost form")
+            raise ValueError(f"no activations seen for {source}")

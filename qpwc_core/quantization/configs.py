@@ -161,14 +161,13 @@ def build_quantized_network(
     width: int,
     *,
     batch: int | None = None,
-    cost_form: str = "matmul",
 ) -> keras.Model:
     """The network of ``build_network`` with tensorflow-model-optimization's wrappers.
 
     Weights are those of initialization and ranges are placeholders: see ``load_float_weights`` and
-    ``calibration.calibrate``, or load the weights of another quantized network (any size, any cost form).
+    ``calibration.calibrate``, or load the weights of another quantized network (of any size).
     """
-    network = build_network(config, height, width, batch=batch, cost_form=cost_form, quantized=True)
+    network = build_network(config, height, width, batch=batch, quantized=True)
     with _quantize.quantize_scope(CUSTOM_OBJECTS):
         annotated = keras.models.clone_model(network, clone_function=_annotate)
         quantized = _quantize.quantize_apply(

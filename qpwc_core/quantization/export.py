@@ -56,7 +56,7 @@ def _signatures(
     """The models of ``encode`` and ``match`` for one input size; ``names`` has their signatures' names."""
     height, width = size
     build = build_quantized_network if quantized else build_network
-    network = build(config, height, width, cost_form="slices")
+    network = build(config, height, width)
     network.load_weights(weights)
     inputs = [layer.name for layer in network.layers if layer.name.startswith(("prev_", "next_"))]
     encoder, matcher = _encoder(network, config), _matcher(network, inputs, f"flow_{config.finest_level}")
@@ -130,6 +130,7 @@ def export_network(
         sizes.append({"height": height, "width": width, **names})
     merged = flatbuffer.merge(models)
     flatbuffer.float_softmax(merged)
+    flatbuffer.float_between_bytes(merged)
     flatbuffer.set_metadata(
         merged,
         {

@@ -143,7 +143,7 @@ def calibrated_network(
     network.load_weights(weights)
     if config.equalize:
         equalize(network, images)
-    measured = build_quantized_network(point, config.height, config.width, cost_form="slices")
+    measured = build_quantized_network(point, config.height, config.width)
     load_float_weights(measured, network)
     calibrate(measured, images, config.percentile, config.method, config.fine_range)
     return measured
