@@ -102,7 +102,7 @@ def test_models_lists_figures(capsys):
             line for line in table.splitlines() if line.startswith(f"{info['name']} ") and info["precision"] in line
         )
         assert info["sizes"][0] == {"width": 640, "height": 480} and len(info["sizes"]) > 1
-        assert info["enlarge"] >= 1 and info["refine"] is (info["name"] == "qpwc")
+        assert info["enlarge"] >= 1 and info["refine"] is True
         assert " ".join(f"{size['width']}x{size['height']}" for size in info["sizes"]) in line
 
 

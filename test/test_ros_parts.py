@@ -292,7 +292,7 @@ def test_an_enlargement_that_cannot_be_is_refused_before_anything_is_loaded():
 
 
 @pytest.mark.parametrize(
-    "model, refine, refined", [("qpwc_fast", "auto", "no"), ("qpwc_fast", "always", "yes"), ("qpwc", "auto", "yes")]
+    "model, refine, refined", [("qpwc_fast", "auto", "yes"), ("qpwc_fast", "never", "no"), ("qpwc", "auto", "yes")]
 )
 def test_refining_is_told_and_takes_no_more_threads_than_the_network(model, refine, refined):
     before = cv2.getNumThreads()

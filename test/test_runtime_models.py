@@ -16,6 +16,7 @@ from qpwc_core.runtime.models import (
     read_model_info,
 )
 from qpwc_core.runtime.metadata import read_metadata
+from qpwc_core.runtime.refinement import DEFAULT_ITERATIONS
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,11 @@ def test_truncated_models_are_refused(tmp_path, bundled, part):
     refusal(tmp_path / "a.tflite", bundled[: int(len(bundled) * part)])
 
 
-@pytest.mark.parametrize("model, quarters", [("qpwc", 1), ("qpwc_fast", 1), ("qpwc_fast", 2)])
-def test_a_model_whose_weights_are_damaged_is_refused_when_it_runs(tmp_path, model, quarters):
+@pytest.mark.parametrize("model, sixteenths", [("qpwc", 4), ("qpwc_fast", 4), ("qpwc_fast", 7)])
+def test_a_model_whose_weights_are_damaged_is_refused_when_it_runs(tmp_path, model, sixteenths):
     """Loading does not show it; the network then looks for things where nothing is, or gives no numbers."""
     content = bytearray(find_model(model, "float32").read_bytes())
-    start = quarters * len(content) // 16 * 4
+    start = sixteenths * len(content) // 64 * 4
     content[start : start + 4096] = 4096 * b"\xff"
     path = tmp_path / "a.tflite"
     path.write_bytes(content)
@@ -173,10 +174,17 @@ def test_an_enlargement_that_cannot_be_is_refused(tmp_path, bundled, enlarge):
 
 def test_a_file_that_says_nothing_of_enlarging_and_refining_does_neither(tmp_path, bundled):
     def before(metadata):
-        return {key: value for key, value in metadata.items() if key not in ("enlarge", "refine")}
+        return {key: value for key, value in metadata.items() if key not in ("enlarge", "refine", "refine_iterations")}
 
     info = FlowEstimator.load(with_metadata(tmp_path / "old.tflite", bundled, before)).info
-    assert info.enlarge == 1 and info.refine is False
+    assert info.enlarge == 1 and info.refine is False and info.refine_iterations == DEFAULT_ITERATIONS
+
+
+@pytest.mark.parametrize("iterations", [[3], [3, 3, 3], [-1, 3], [1.5, 3], ["3", 3]])
+def test_iterations_that_cannot_be_are_refused(tmp_path, bundled, iterations):
+    path = with_metadata(tmp_path / "a.tflite", bundled, lambda old: {**old, "figures": {}, "refine_iterations": iterations})
+    with pytest.raises(ModelError, match="'refine_iterations' = .*, expected two whole numbers from 0 up"):
+        FlowEstimator.load(path)
 
 
 def test_a_file_of_a_later_format_is_refused(tmp_path, bundled):

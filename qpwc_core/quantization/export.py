@@ -141,6 +141,7 @@ def export_network(
             "sizes": sizes,
             "enlarge": float(config.enlarge),
             "refine": config.refine,
+            "refine_iterations": config.refine_iterations,
             "figures": dict(figures or {}),
         },
     )

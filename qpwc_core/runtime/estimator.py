@@ -17,7 +17,7 @@ from qpwc_core.runtime import models
 from qpwc_core.runtime.engine import Delegate, Engine, TensorSpec
 from qpwc_core.runtime.models import InputSize, ModelInfo
 from qpwc_core.runtime.precision import choose
-from qpwc_core.runtime.refinement import refine, refined_size, refinement_image
+from qpwc_core.runtime.refinement import refine, refinement_images
 
 _IMAGE = "image"
 _FLOW = "flow"
@@ -38,7 +38,7 @@ class Features:
     size: InputSize
     _arrays: Mapping[str, np.ndarray]
     _info: ModelInfo
-    _image: np.ndarray | None
+    _images: tuple[np.ndarray, np.ndarray] | None
 
 
 class FlowEstimator:
@@ -100,7 +100,7 @@ class FlowEstimator:
           delegate: An accelerator's library, which is offered every operation first.
           refine: Whether the network's flow is refined on the images, which makes it more accurate by fractions
             of a pixel and at the edges of what moves, for a third to a half of OpenCV DIS medium's time; by default as
-            the model says: "qpwc" refines, "qpwc_fast" does not.
+            the model says.
           enlarge: How much larger than the image the network's input should be, as long as it is none larger than
             the default one, 640x480. That makes the flow of small images more accurate, for up to the time of one of
             640x480; by default as the model says, 1.3 for both. With 1 small images are fast.
@@ -190,7 +190,7 @@ class FlowEstimator:
         for name, features in (("prev", prev), ("next", next)):
             if features._info != self.info:
                 raise ValueError(f"{name} was encoded by {features._info.path}, not by {self.info.path}")
-            if self.refines and features._image is None:
+            if self.refines and features._images is None:
                 raise ValueError(f"{name} was encoded by an estimator that does not refine, as this one does")
         if (prev.height, prev.width) != (next.height, next.width):
             raise ValueError(
@@ -202,8 +202,10 @@ class FlowEstimator:
         fit = self._fit(prev.height, prev.width, prev.size)
         if not self.refines:
             return fit.to_image(flow)
-        halved = fit.to_image(flow, refined_size(prev.height, prev.width))
-        return resize_flow(refine(halved, prev._image, next._image), prev.height, prev.width)
+        refined = refine(
+            functools.partial(fit.to_image, flow), prev._images, next._images, self.info.refine_iterations
+        )
+        return resize_flow(refined, prev.height, prev.width)
 
     def _features(self, image: np.ndarray | Features, name: str) -> Features:
         if isinstance(image, Features):
@@ -211,9 +213,10 @@ class FlowEstimator:
         rgb = as_rgb(image, name)
         height, width = rgb.shape[:2]
         size = self.info.size_for(height, width)
-        net_image = self._fit(height, width, size).to_network(rgb)
-        arrays = self._engine.run(size.encode, {_IMAGE: net_image[None]})
-        return Features(height, width, size, arrays, self.info, refinement_image(rgb) if self.refines else None)
+        fit = self._fit(height, width, size)
+        arrays = self._engine.run(size.encode, {_IMAGE: fit.to_network(rgb)[None]})
+        greys = refinement_images(rgb) if self.refines else None
+        return Features(height, width, size, arrays, self.info, greys)
 
     def _fit(self, height: int, width: int, size: InputSize) -> NetworkFit:
         return NetworkFit(height, width, size.height, size.width, self.info.flow_stride)

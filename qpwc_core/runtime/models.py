@@ -13,6 +13,7 @@ from typing import Any
 from qpwc_core.errors import ModelError
 from qpwc_core.geometry import choose_size
 from qpwc_core.runtime.metadata import METADATA_FORMAT, read_metadata
+from qpwc_core.runtime.refinement import DEFAULT_ITERATIONS
 
 PRECISIONS = ("int8", "float32")
 DEFAULT_PRECISION = "int8"
@@ -64,6 +65,7 @@ class ModelInfo:
       enlarge: How much larger than the image the network's input should be, as long as it is none larger than the
         default one.
       refine: Whether its flow is meant to be refined on the images, see `refinement`.
+      refine_iterations: How many iterations that takes on its coarse and on its fine grid, where it is done.
       sizes: The network's inputs, the default first.
       figures: Measured results, as the exporter wrote them.
     """
@@ -75,6 +77,7 @@ class ModelInfo:
     sizes: tuple[InputSize, ...]
     enlarge: float = 1.0
     refine: bool = False
+    refine_iterations: tuple[int, int] = DEFAULT_ITERATIONS
     figures: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def size_for(self, height: int, width: int) -> InputSize:
@@ -91,10 +94,11 @@ _KEY_TYPES: dict[str, type] = {
     "sizes": list,
     "enlarge": float,
     "refine": bool,
+    "refine_iterations": list,
     "figures": dict,
 }
 # What files of older programs lack.
-_LATER_KEYS: dict[str, Any] = {"enlarge": 1.0, "refine": False}
+_LATER_KEYS: dict[str, Any] = {"enlarge": 1.0, "refine": False, "refine_iterations": list(DEFAULT_ITERATIONS)}
 _SIZE_KEY_TYPES: dict[str, type] = {"height": int, "width": int, "encode": str, "match": str}
 
 
@@ -112,7 +116,12 @@ def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
         raise ModelError(f"{path}: metadata format {version!r}, this program reads 1 to {METADATA_FORMAT}")
     values = _values(path, {**_LATER_KEYS, **metadata}, _KEY_TYPES)
     sizes = tuple(InputSize(**_values(path, size, _SIZE_KEY_TYPES)) for size in values.pop("sizes"))
-    info = ModelInfo(path=Path(path), sizes=sizes, **values)
+    iterations = tuple(values.pop("refine_iterations"))
+    if len(iterations) != 2 or not all(isinstance(count, int) and count >= 0 for count in iterations):
+        raise ModelError(
+            f"{path}: its metadata has 'refine_iterations' = {list(iterations)}, expected two whole numbers from 0 up"
+        )
+    info = ModelInfo(path=Path(path), sizes=sizes, refine_iterations=iterations, **values)
     if info.precision not in PRECISIONS:
         raise ModelError(
             f"{path}: its metadata has precision {info.precision!r}, expected {' or '.join(PRECISIONS)}"
