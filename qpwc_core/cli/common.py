@@ -63,7 +63,7 @@ def add_refine_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,
-        help="refine the network's flow on the images, or do not (default: as the model says; qpwc does)",
+        help="refine the network's flow on the images, or do not (default: as the model says; both bundled ones do)",
     )
 
 

@@ -96,11 +96,11 @@ class FlowEstimator:
             dot-product instructions for it, and elsewhere what a measurement of half a second finds faster.
           threads: Threads that run the network; by default 2, or 1 on a single processor.
           xnnpack: Whether the runtime's fast kernels may be used; without them the flow is the same up
-            to rounding.
+            to rounding, which in int8 is as far from it as the float32 flow is.
           delegate: An accelerator's library, which is offered every operation first.
           refine: Whether the network's flow is refined on the images, which makes it more accurate by fractions
-            of a pixel and at the edges of what moves, for a third to a half of OpenCV DIS medium's time; by default as
-            the model says.
+            of a pixel and at the edges of what moves, for a tenth (the iterations of "qpwc_fast") to a third (of "qpwc")
+            of OpenCV DIS medium's time; by default as the model says, and both do.
           enlarge: How much larger than the image the network's input should be, as long as it is none larger than
             the default one, 640x480. That makes the flow of small images more accurate, for up to the time of one of
             640x480; by default as the model says, 1.3 for both. With 1 small images are fast.

@@ -48,7 +48,7 @@ ESTIMATOR_PARAMETERS = (
     ParameterSpec(
         "refine",
         AUTO_REFINE,
-        "Whether the network's flow is refined on the images; auto: as the model says (qpwc is, qpwc_fast is not).",
+        "Whether the network's flow is refined on the images; auto: as the model says (both bundled ones are).",
         choices=tuple(REFINE_CHOICES),
     ),
     ParameterSpec(
