@@ -300,18 +300,25 @@ class Client:
         """Wait until the node listens to nothing but is active."""
         wait_until(lambda: self.state() == "active", 30, "node active")
 
-    def call(self, kind: type, service: str, request: Any) -> Any:
+    def call(self, kind: type, service: str, request: Any, attempts: int = 1) -> Any:
+        """A service's answer, within 30 s. What only asks may do so several times: middleware loses the answer of a
+        node that has not yet found the client's end."""
         client = self.node.create_client(kind, service)
         try:
             assert client.wait_for_service(30), f"no service {service}"
-            future = client.call_async(request)
-            wait_until(future.done, 30, service)
-            return future.result()
+            for left in reversed(range(attempts)):
+                future = client.call_async(request)
+                try:
+                    wait_until(future.done, 30 / attempts, service)
+                    return future.result()
+                except AssertionError:
+                    if not left:
+                        raise
         finally:
             self.node.destroy_client(client)
 
     def state(self) -> str:
-        return self.call(GetState, "/flow/get_state", GetState.Request()).current_state.label
+        return self.call(GetState, "/flow/get_state", GetState.Request(), attempts=3).current_state.label
 
     def change(self, transition: str) -> bool:
         request = ChangeState.Request()

@@ -338,6 +338,7 @@ def test_metadata_is_what_the_runtime_reads(exported, precision):
         ],
         "enlarge": 1.0,
         "refine": False,
+        "refine_iterations": [3, 3],
     }
     parity = json.loads((exported.directory / "parity.json").read_text())
     assert figures["EPE synthetic"] == pytest.approx(parity[precision], abs=1e-3)
