@@ -99,7 +99,7 @@ class FlowEstimator:
             to rounding, which in int8 is as far from it as the float32 flow is.
           delegate: An accelerator's library, which is offered every operation first.
           refine: Whether the network's flow is refined on the images, which makes it more accurate by fractions
-            of a pixel and at the edges of what moves, for a tenth (the iterations of "qpwc_fast") to a third (of "qpwc")
+            of a pixel and at the edges of what moves, for a sixth (the iterations of "qpwc_fast") to a quarter (of "qpwc")
             of OpenCV DIS medium's time; by default as the model says, and both do.
           enlarge: How much larger than the image the network's input should be, as long as it is none larger than
             the default one, 640x480. That makes the flow of small images more accurate, for up to the time of one of
