@@ -102,18 +102,16 @@ class Ablation:
 
     def calibrated_file(self, method: str, equalized: bool) -> Path:
         """Our export, with ranges chosen by ``method``."""
-        from qpwc_core.quantization.calibration import calibrate
-        from qpwc_core.quantization.configs import build_quantized_network, load_float_weights
         from qpwc_core.quantization.export import export_network
+        from qpwc_core.quantization.pipeline import calibrated_network
 
         path = self._directory / f"{method}{'_equalized' if equalized else ''}.tflite"
         if path.exists():
             return path
-        quantized = build_quantized_network(self.point, self.config.height, self.config.width)
-        load_float_weights(quantized, self._network(self._float_weights(equalized)))
-        calibrate(quantized, self.images, self.config.percentile, method)
+        # Equalized, if at all, once for all methods.
+        config = dataclasses.replace(self.config, method=method, equalize=0, fine_range=1.0)
         weights = self._directory / f"{path.stem}.weights.h5"
-        quantized.save_weights(weights)
+        calibrated_network(config, self.point, self._float_weights(equalized), self.images).save_weights(weights)
         export_network(self.point, weights, path, quantized=True)
         return path
 

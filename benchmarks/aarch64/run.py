@@ -37,7 +37,8 @@ from qpwc_core.runtime.models import PRECISIONS, ModelInfo, find_model, list_mod
 
 #: What the guest's Python imports besides the standard library.
 PACKAGES = (
-    "ai-edge-litert", "numpy", "opencv-python-headless", "protobuf", "flatbuffers", "tqdm", "typing-extensions", "backports-strenum", "ml-dtypes"
+    "ai-edge-litert", "numpy", "opencv-python-headless", "protobuf", "flatbuffers", "tqdm", "typing-extensions",
+    "backports-strenum", "ml-dtypes",
 )  # fmt: skip
 SUITE, PYTHON = "bookworm", "3.11"
 #: LiteRT chooses its kernels by this; without it, it takes slow ones.

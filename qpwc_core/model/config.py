@@ -10,6 +10,7 @@ from typing import Any, Mapping
 import yaml
 
 from qpwc_core.geometry import check_enlarge
+from qpwc_core.runtime.refinement import DEFAULT_ITERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class NetworkConfig:
     sizes: tuple[tuple[int, int], ...] = ()
     enlarge: float = 1.0
     refine: bool = False
-    refine_iterations: tuple[int, int] = (3, 3)
+    refine_iterations: tuple[int, int] = DEFAULT_ITERATIONS
     pyramid: tuple[int, ...] = (16, 24, 48, 64, 96)
     extra_convs: tuple[int, ...] = (0, 1, 1, 1, 1)
     finest_level: int = 3

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from qpwc_core.geometry import resize_flow
+from qpwc_core.geometry import resize_flow, shrunk_grey
 
 # Cells of the coarse grid at most: a third of the sides of an image of 640x480. What that grid has too few cells for is
 # not lost, since only the change is taken from it; so larger images need no more of them.
@@ -42,15 +42,16 @@ FlowOn = Callable[[tuple[int, int]], np.ndarray]
 def refinement_images(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What `refine` needs of an image, uint8 (H, W, 3) RGB: grey, uint8, of the size of the coarse and of the fine grid."""
     height, width = image.shape[:2]
-    fine = _shrunk(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), _SHRINK)
-    return _shrunk(fine, max(1.0, (height * width / _COARSE_CELLS) ** 0.5 / _SHRINK)), fine
+    fine = shrunk_grey(image, *_shrunk(height, width, _SHRINK))
+    rows, columns = _shrunk(*fine.shape, max(1.0, (height * width / _COARSE_CELLS) ** 0.5 / _SHRINK))
+    return cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA), fine
 
 
 def refine(
     flow_on: FlowOn,
     prev: tuple[np.ndarray, np.ndarray],
     next: tuple[np.ndarray, np.ndarray],
-    iterations: tuple[int, int] = DEFAULT_ITERATIONS,
+    iterations: tuple[int, int],
 ) -> np.ndarray:
     """Refines a flow.
 
@@ -71,9 +72,8 @@ def refine(
     return _solve(fine_prev, fine_next, flow, iterations[1]) if iterations[1] else flow
 
 
-def _shrunk(grey: np.ndarray, times: float) -> np.ndarray:
-    height, width = (max(_LEAST_SIDE, round(side / times)) for side in grey.shape)
-    return cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA)
+def _shrunk(height: int, width: int, times: float) -> tuple[int, int]:
+    return max(_LEAST_SIDE, round(height / times)), max(_LEAST_SIDE, round(width / times))
 
 
 def _solve(prev: np.ndarray, next: np.ndarray, flow: np.ndarray, iterations: int) -> np.ndarray:
