@@ -20,6 +20,7 @@ from qpwc_core.data.pipeline import validation_samples
 from qpwc_core.data.render import Sample
 from qpwc_core.errors import FormatError, ModelError
 from qpwc_core.flow_color import flow_to_color
+from qpwc_core.flow_io import FLOW_SUFFIXES, read_flow
 from qpwc_core.images import write_image
 from qpwc_core.metrics import epe, epe_by_band, fl_all, outlier_rate
 from qpwc_core.runtime.estimator import FlowEstimator
@@ -94,6 +95,24 @@ def load_pairs(
     return [pairs[index * len(pairs) // count] for index in range(count)]
 
 
+def file_stem(pair: ReadablePair) -> str:
+    """What the files of a pair are called outside: its name, as one word of a path."""
+    return pair.name.replace("/", "_")
+
+
+def write_pairs(directory: Path, pairs: Iterable[ReadablePair]) -> None:
+    """Writes the frames for a program that is not ours: `STEM_prev.png`, `STEM_next.png`, see `file_stem`.
+
+    Raises:
+      OSError, FormatError: A pair cannot be read, or a file not be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for pair in pairs:
+        sample = pair.read()
+        write_image(directory / f"{file_stem(pair)}_prev.png", sample.prev)
+        write_image(directory / f"{file_stem(pair)}_next.png", sample.next)
+
+
 # --- Methods ---------------------------------------------------------------------------------------------
 
 
@@ -107,6 +126,46 @@ def _of_grey(flow: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
 
 def _zero() -> Estimate:
     return lambda prev, next: np.zeros((*prev.shape[:2], 2), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenFlow:
+    """A method that has been run elsewhere: `STEM.flo`, `.npy`, `.pfm` or KITTI's `.png` in a directory for each pair."""
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        self.directory.stat()
+
+    def of(self, pair: ReadablePair, size: tuple[int, int]) -> np.ndarray:
+        """The pair's flow, float32 (H, W, 2), pixels.
+
+        Args:
+          size: The pair's (height, width).
+
+        Raises:
+          OSError: There is no file for it.
+          FormatError: It is damaged, has another size, or does not know the flow of every pixel.
+        """
+        candidates = [self.directory / f"{file_stem(pair)}{suffix}" for suffix in FLOW_SUFFIXES]
+        path = next((file for file in candidates if file.exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"{candidates[0]}: no such file, nor with {', '.join(FLOW_SUFFIXES[1:])}")
+        flow, valid = read_flow(path)
+        if flow.shape[:2] != size:
+            raise FormatError(f"{path}: {flow.shape[1]}x{flow.shape[0]}, but the pair is {size[1]}x{size[0]}")
+        if not valid.all():
+            raise FormatError(f"{path}: holds pixels without a flow")
+        return flow
+
+
+Method = Estimate | GivenFlow
+
+
+def _flow_of(method: Method, pair: ReadablePair, sample: Sample) -> np.ndarray:
+    if isinstance(method, GivenFlow):
+        return method.of(pair, sample.prev.shape[:2])
+    return method(sample.prev, sample.next)
 
 
 CLASSICAL: dict[str, Callable[[], Estimate]] = {
@@ -229,7 +288,7 @@ def _pooled(measured: Sequence[tuple[float, int]]) -> float:
 
 def evaluate(
     pairs: Sequence[ReadablePair],
-    methods: Mapping[str, Estimate],
+    methods: Mapping[str, Method],
     after_pair: Callable[[], object] = lambda: None,
 ) -> list[Scores]:
     """Runs every method on every pair, pair by pair.
@@ -238,7 +297,7 @@ def evaluate(
       after_pair: Called after each pair, for a progress bar.
 
     Raises:
-      OSError, FormatError: A pair cannot be read.
+      OSError, FormatError: A pair cannot be read, or the flow given for it.
       ValueError: A pair's flow is known nowhere, or a method cannot take its size.
     """
     errors: dict[str, list[float]] = {name: [] for name in methods}
@@ -247,8 +306,8 @@ def evaluate(
         sample = pair.read()
         if not sample.valid.any():
             raise ValueError(f"{pair.name}: its flow is not known anywhere")
-        for name, estimate in methods.items():
-            flow = estimate(sample.prev, sample.next)
+        for name, method in methods.items():
+            flow = _flow_of(method, pair, sample)
             errors[name].append(epe(flow, sample.flow, sample.valid))
             measured[name].append(_measures(sample, flow))
         after_pair()
@@ -368,7 +427,7 @@ def picture(sample: Sample, flow: np.ndarray) -> np.ndarray:
 
 
 def write_pictures(
-    directory: Path, pairs: Sequence[ReadablePair], methods: Mapping[str, Estimate], scores: Sequence[Scores]
+    directory: Path, pairs: Sequence[ReadablePair], methods: Mapping[str, Method], scores: Sequence[Scores]
 ) -> list[Path]:
     """Paints each method's worst pair and the one of median error: `METHOD_worst.png`, `METHOD_typical.png`.
 
@@ -382,7 +441,7 @@ def write_pictures(
         chosen = {"worst": order[-1], "typical": order[(len(order) - 1) // 2]}
         for kind, index in list(chosen.items())[: len(order)]:
             sample = pairs[index].read()
-            flow = methods[one.method](sample.prev, sample.next)
+            flow = _flow_of(methods[one.method], pairs[index], sample)
             stem = one.method.replace(":", "_").replace("/", "_").removesuffix(".tflite")
             written.append(directory / f"{stem}_{kind}.png")
             write_image(written[-1], picture(sample, flow))

@@ -240,6 +240,44 @@ def test_the_worst_and_a_typical_pair_are_painted(tmp_path):
     assert only.name == "own_int8_worst.png"
 
 
+# --- Methods run elsewhere ---------------------------------------------------------------------------------
+
+
+def test_pairs_are_written_and_given_flow_is_compared(tmp_path):
+    """What is written is what the methods get; flow in any format is the method's."""
+    pairs = [pair("set/one", constant_flow(SIDE, SIDE, 3, 0)), pair("set/two", constant_flow(SIDE, SIDE, 0, 4))]
+    evaluation.write_pairs(tmp_path / "new" / "pairs", pairs)
+    names = sorted(path.name for path in (tmp_path / "new" / "pairs").iterdir())
+    assert names == ["set_one_next.png", "set_one_prev.png", "set_two_next.png", "set_two_prev.png"]
+    np.testing.assert_array_equal(read_image(tmp_path / "new/pairs/set_two_prev.png"), pairs[1].sample.prev)
+
+    write_flow(tmp_path / "set_one.flo", constant_flow(SIDE, SIDE, 3, 1))
+    write_flow(tmp_path / "set_two.png", constant_flow(SIDE, SIDE, 0, 4))
+    methods = {"other": evaluation.GivenFlow(tmp_path), "zero": zero}
+    scores = evaluation.evaluate(pairs, methods)
+    assert by_method(scores)["other"].pair_epe == (1, 0) and by_method(scores)["zero"].pair_epe == (3, 4)
+    written = evaluation.write_pictures(tmp_path / "pictures", pairs, methods, scores)
+    expected = evaluation.picture(pairs[0].sample, constant_flow(SIDE, SIDE, 3, 1))
+    np.testing.assert_array_equal(read_image(written[0]), expected)
+
+
+def test_given_flow_that_cannot_be_compared_is_refused(tmp_path):
+    one = pair("one", constant_flow(SIDE, SIDE, 3, 0))
+    with pytest.raises(FileNotFoundError):
+        evaluation.GivenFlow(tmp_path / "nowhere")
+    given = evaluation.GivenFlow(tmp_path)
+    with pytest.raises(FileNotFoundError, match="one.flo: no such file, nor with .png, .pfm, .npy"):
+        given.of(one, (SIDE, SIDE))
+    write_flow(tmp_path / "one.npy", constant_flow(SIDE, SIDE // 2, 3, 0))
+    with pytest.raises(FormatError, match=f"one.npy: {SIDE // 2}x{SIDE}, but the pair is {SIDE}x{SIDE}"):
+        given.of(one, (SIDE, SIDE))
+    known = np.ones((SIDE, SIDE), bool)
+    known[0, 0] = False
+    write_flow(tmp_path / "one.npy", constant_flow(SIDE, SIDE, 3, 0), known)
+    with pytest.raises(FormatError, match="one.npy: holds pixels without a flow"):
+        given.of(one, (SIDE, SIDE))
+
+
 # --- The program -----------------------------------------------------------------------------------------
 
 
@@ -294,9 +332,26 @@ def test_the_program_evaluates_on_synthetic_pairs(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("synthetic, 3 pairs")
 
 
+def test_the_program_writes_pairs_and_takes_given_flow(tmp_path, capsys):
+    write_middlebury(tmp_path / "data", 2)
+    data = ["--data", "middlebury", "--root", str(tmp_path / "data")]
+    assert program().main([*data, "--write", str(tmp_path / "pairs")]) == 0
+    assert capsys.readouterr().out == f"2 pairs written to {tmp_path / 'pairs'}\n"
+    (tmp_path / "flow").mkdir()
+    for path in (tmp_path / "pairs").glob("*_prev.png"):
+        height, width = read_image(path).shape[:2]
+        write_flow(tmp_path / "flow" / path.name.replace("_prev.png", ".flo"), np.zeros((height, width, 2)))
+    assert program().main([*data, "--methods", "zero", "--given", f"other={tmp_path / 'flow'}"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["other"][:-4] == rows["zero"][:-4]
+    assert program().main([*data, "--methods", "zero", "--given", f"zero={tmp_path / 'flow'}"]) == 1
+    assert capsys.readouterr().err == "evaluate: --given zero: there is a method of that name\n"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["--given", "other=nowhere"], "nowhere"),
         (["--data", "kitti2015", "--root", "nowhere"], "nowhere: no such directory"),
         (["--methods", "nothing"], "unknown method 'nothing'"),
         (["--csv", "nowhere/a.csv"], "nowhere"),
@@ -323,7 +378,7 @@ def test_ctrl_c_ends_a_program_without_a_traceback(capsys):
         assert "    end_with(main)\n" in text or "except KeyboardInterrupt" in text, path.name
 
 
-@pytest.mark.parametrize("options", [["--data", "sintel-clean"], ["--data", "sintl"], ["--count", "0"]])
+@pytest.mark.parametrize("options", [["--data", "sintel-clean"], ["--data", "sintl"], ["--count", "0"], ["--given", "nowhere"]])
 def test_bad_arguments_end_with_two(capsys, options):
     with pytest.raises(SystemExit) as caught:
         program().main(options)

@@ -3,6 +3,8 @@
     python training/evaluate.py                                    # synthetic pairs, bundled models
     python training/evaluate.py --data motorcycle                  # a real pair, from scikit-image
     python training/evaluate.py --data sintel-final --root DIR --methods qpwc_fast out/mine_int8.tflite dis-medium
+    python training/evaluate.py --write out/pairs                  # for a program that is not ours: ...
+    python training/evaluate.py --given other=out/flow             # ... the flow it has found
 
 EPE is the mean over pairs, in pixels; the other figures are over all pixels. Needs no TensorFlow.
 """
@@ -25,6 +27,13 @@ from qpwc_core.data.datasets import FLOW_DATASETS
 from qpwc_core.ending import end_with
 from qpwc_core.errors import QpwcError
 from qpwc_core.runtime.models import list_models
+
+
+def _given(text: str) -> tuple[str, Path]:
+    name, _, directory = text.partition("=")
+    if not name or not directory:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(directory)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +71,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="paint the worst and a typical pair of each method"
     )
+    parser.add_argument(
+        "--given",
+        type=_given,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a method run elsewhere: DIR has a .flo, .npy, .pfm or KITTI's .png for each pair, named as --write does",
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="DIR",
+        help="write NAME_prev.png and NAME_next.png of each pair there, and end",
+    )
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     if args.data in FLOW_DATASETS and args.root is None:
@@ -69,13 +92,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.csv:
             evaluation.check_csv(args.csv)  # before the work
-        names = args.methods or [
-            *dict.fromkeys(info.name for info in list_models()), "dis-medium", "dis-fast", "farneback", "zero"
-        ]  # fmt: skip
-        methods = evaluation.make_methods(names, refine=args.refine, enlarge=args.enlarge)
         pairs = evaluation.load_pairs(
             args.data, args.root, size=tuple(args.size), count=args.count, textures=args.validation_textures
         )
+        if args.write:
+            evaluation.write_pairs(args.write, pairs)
+            print(f"{len(pairs)} pairs written to {args.write}")
+            return 0
+        names = args.methods or [
+            *dict.fromkeys(info.name for info in list_models()), "dis-medium", "dis-fast", "farneback", "zero"
+        ]  # fmt: skip
+        methods: dict[str, evaluation.Method] = {
+            **evaluation.make_methods(names, refine=args.refine, enlarge=args.enlarge)
+        }
+        for name, directory in args.given:
+            if name in methods:
+                raise ValueError(f"--given {name}: there is a method of that name")
+            methods[name] = evaluation.GivenFlow(directory)
         with common.progress(len(pairs), "pair", args.data) as bar:
             scores = evaluation.evaluate(pairs, methods, bar.update)
         print(
