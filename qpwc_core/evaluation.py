@@ -137,6 +137,18 @@ class GivenFlow:
     def __post_init__(self) -> None:
         self.directory.stat()
 
+    def path_of(self, pair: ReadablePair) -> Path:
+        """The pair's file.
+
+        Raises:
+          FileNotFoundError: There is none.
+        """
+        candidates = [self.directory / f"{file_stem(pair)}{suffix}" for suffix in FLOW_SUFFIXES]
+        for path in candidates:
+            if path.exists():
+                return path
+        raise FileNotFoundError(f"{candidates[0]}: no such file, nor with {', '.join(FLOW_SUFFIXES[1:])}")
+
     def of(self, pair: ReadablePair, size: tuple[int, int]) -> np.ndarray:
         """The pair's flow, float32 (H, W, 2), pixels.
 
@@ -147,10 +159,7 @@ class GivenFlow:
           OSError: There is no file for it.
           FormatError: It is damaged, has another size, or does not know the flow of every pixel.
         """
-        candidates = [self.directory / f"{file_stem(pair)}{suffix}" for suffix in FLOW_SUFFIXES]
-        path = next((file for file in candidates if file.exists()), None)
-        if path is None:
-            raise FileNotFoundError(f"{candidates[0]}: no such file, nor with {', '.join(FLOW_SUFFIXES[1:])}")
+        path = self.path_of(pair)
         flow, valid = read_flow(path)
         if flow.shape[:2] != size:
             raise FormatError(f"{path}: {flow.shape[1]}x{flow.shape[0]}, but the pair is {size[1]}x{size[0]}")

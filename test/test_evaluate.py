@@ -344,6 +344,10 @@ def test_the_program_writes_pairs_and_takes_given_flow(tmp_path, capsys):
     assert program().main([*data, "--methods", "zero", "--given", f"other={tmp_path / 'flow'}"]) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]}
     assert rows["other"][:-4] == rows["zero"][:-4]
+    next((tmp_path / "flow").iterdir()).unlink()
+    assert program().main([*data, "--methods", "zero", "--given", f"other={tmp_path / 'flow'}"]) == 1
+    said = capsys.readouterr()
+    assert "no such file" in said.err and "middlebury" not in said.err and not said.out  # no pair was run
     assert program().main([*data, "--methods", "zero", "--given", f"zero={tmp_path / 'flow'}"]) == 1
     assert capsys.readouterr().err == "evaluate: --given zero: there is a method of that name\n"
 

@@ -108,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name, directory in args.given:
             if name in methods:
                 raise ValueError(f"--given {name}: there is a method of that name")
-            methods[name] = evaluation.GivenFlow(directory)
+            given = methods[name] = evaluation.GivenFlow(directory)
+            for pair in pairs:
+                given.path_of(pair)  # before the work
         with common.progress(len(pairs), "pair", args.data) as bar:
             scores = evaluation.evaluate(pairs, methods, bar.update)
         print(
