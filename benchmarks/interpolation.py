@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qpwc_core import FlowEstimator, FrameInterpolator
-from qpwc_core.cli.common import positive_int, print_table, thread_count
+from qpwc_core.cli.common import named_directory, positive_int, print_table, thread_count
 from qpwc_core.data.frames import open_frames
 from qpwc_core.data.triplets import Triplet, VideoConfig, video_triplets
 from qpwc_core.ending import end_with
@@ -105,10 +105,15 @@ def main() -> int:
     parser.add_argument("--threads", type=thread_count, default=2, help="default: %(default)s")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write VIDEO_000_prev.png, VIDEO_000_next.png, … there")
     parser.add_argument(
-        "--given", action="append", default=[], metavar="NAME=DIR", help="DIR has the frames in between: VIDEO_000.png, …"
+        "--given",
+        type=named_directory,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="DIR has the frames in between: VIDEO_000.png, …",
     )
     args = parser.parse_args()
-    given = dict(text.partition("=")[::2] for text in args.given)
+    given = dict(args.given)
     cv2.setNumThreads(args.threads)
     names = list(dict.fromkeys([BASELINE, *args.methods]))
     try:
@@ -130,7 +135,7 @@ def main() -> int:
                     seconds[name] += time.perf_counter() - start
                     scores[name].setdefault(path.stem, []).append(psnr(made, middle))
                 for name, directory in given.items():
-                    made = read_image(Path(directory) / f"{stem}.png")
+                    made = read_image(directory / f"{stem}.png")
                     scores[name].setdefault(path.stem, []).append(psnr(made, middle))
         print_scores(scores, seconds)
     except (OSError, ValueError, cv2.error, QpwcError) as error:

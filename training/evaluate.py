@@ -29,11 +29,18 @@ from qpwc_core.errors import QpwcError
 from qpwc_core.runtime.models import list_models
 
 
-def _given(text: str) -> tuple[str, Path]:
-    name, _, directory = text.partition("=")
-    if not name or not directory:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
-    return name, Path(directory)
+def _methods(args: argparse.Namespace) -> dict[str, evaluation.Method]:
+    names = args.methods or [
+        *dict.fromkeys(info.name for info in list_models()), "dis-medium", "dis-fast", "farneback", "zero"
+    ]  # fmt: skip
+    methods: dict[str, evaluation.Method] = {
+        **evaluation.make_methods(names, refine=args.refine, enlarge=args.enlarge)
+    }
+    for name, directory in args.given:
+        if name in methods:
+            raise ValueError(f"--given {name}: there is a method of that name")
+        methods[name] = evaluation.GivenFlow(directory)
+    return methods
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--given",
-        type=_given,
+        type=common.named_directory,
         action="append",
         default=[],
         metavar="NAME=DIR",
@@ -92,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.csv:
             evaluation.check_csv(args.csv)  # before the work
+        methods = {} if args.write else _methods(args)  # likewise
         pairs = evaluation.load_pairs(
             args.data, args.root, size=tuple(args.size), count=args.count, textures=args.validation_textures
         )
@@ -99,18 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
             evaluation.write_pairs(args.write, pairs)
             print(f"{len(pairs)} pairs written to {args.write}")
             return 0
-        names = args.methods or [
-            *dict.fromkeys(info.name for info in list_models()), "dis-medium", "dis-fast", "farneback", "zero"
-        ]  # fmt: skip
-        methods: dict[str, evaluation.Method] = {
-            **evaluation.make_methods(names, refine=args.refine, enlarge=args.enlarge)
-        }
-        for name, directory in args.given:
-            if name in methods:
-                raise ValueError(f"--given {name}: there is a method of that name")
-            given = methods[name] = evaluation.GivenFlow(directory)
-            for pair in pairs:
-                given.path_of(pair)  # before the work
+        for method in methods.values():
+            if isinstance(method, evaluation.GivenFlow):
+                for pair in pairs:
+                    method.path_of(pair)  # likewise
         with common.progress(len(pairs), "pair", args.data) as bar:
             scores = evaluation.evaluate(pairs, methods, bar.update)
         print(

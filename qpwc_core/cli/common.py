@@ -194,6 +194,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def named_directory(text: str) -> tuple[str, Path]:
+    """Argument type: NAME=DIR."""
+    name, _, directory = text.partition("=")
+    if not name or not directory:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(directory)
+
+
 def thread_count(text: str) -> int:
     """Argument type: a number of threads that can be started."""
     try:
