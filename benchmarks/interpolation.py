@@ -114,8 +114,12 @@ def main() -> int:
     )
     args = parser.parse_args()
     given = dict(args.given)
-    cv2.setNumThreads(args.threads)
     names = list(dict.fromkeys([BASELINE, *args.methods]))
+    if len({path.stem for path in args.videos}) < len(args.videos):
+        parser.error("two videos have one name")
+    if len(given) < len(args.given) or not given.keys().isdisjoint(names):
+        parser.error("--given: two methods have one name")
+    cv2.setNumThreads(args.threads)
     try:
         methods = {name: make_method(name, args.threads) for name in names}
         seconds = dict.fromkeys(names, 0.0)

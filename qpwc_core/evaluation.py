@@ -30,7 +30,11 @@ Estimate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """uint8 (H, W, 3) RGB twice → float32 (H, W, 2), pixels."""
 
 SYNTHETIC = "synthetic"
-DATA = (SYNTHETIC, *STEREO_PAIRS, *FLOW_DATASETS)
+CROWDED = "crowded"
+RENDERED = (SYNTHETIC, CROWDED)
+"""Names of the validation sets that are rendered."""
+
+DATA = (*RENDERED, *STEREO_PAIRS, *FLOW_DATASETS)
 """Names of what can be evaluated on."""
 
 REFERENCE = "dis-medium"
@@ -67,22 +71,22 @@ def load_pairs(
     count: int | None = None,
     textures: str | None = None,
 ) -> list[ReadablePair]:
-    """The pairs of a data set, of a stereo pair or of the synthetic validation set.
+    """The pairs of a data set, of a stereo pair or of a rendered validation set.
 
     Args:
       name: One of `DATA`.
       root: The data set's directory; a stereo pair's may be left out where it is installed.
-      size: (height, width) of the synthetic pairs.
-      count: How many pairs: of the synthetic ones (64 by default), or this many spread evenly over a
+      size: (height, width) of rendered pairs.
+      count: How many pairs: of the rendered ones (64 by default), or this many spread evenly over a
         data set (all by default).
-      textures: Validation texture archive for the synthetic pairs; procedural patterns by default.
+      textures: Validation texture archive for rendered pairs; procedural patterns by default.
 
     Raises:
       ValueError: Unknown name, no `root` where one is needed, or a directory that does not hold it.
     """
-    if name == SYNTHETIC:
-        samples = validation_samples(*size, count or 64, textures)
-        return [HeldSample(f"{SYNTHETIC}/{index:03d}", sample) for index, sample in enumerate(samples)]
+    if name in RENDERED:
+        samples = validation_samples(*size, count or 64, textures, crowded=name == CROWDED)
+        return [HeldSample(f"{name}/{index:03d}", sample) for index, sample in enumerate(samples)]
     if name in STEREO_PAIRS:
         return STEREO_PAIRS[name](root)
     if name not in FLOW_DATASETS:

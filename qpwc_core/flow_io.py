@@ -161,8 +161,9 @@ def _write_pfm(path: _Path, flow: np.ndarray, valid: np.ndarray) -> bytes:
 def _read_npy(path: _Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
         flow = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise FormatError(f"{path}: not a readable .npy file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # whatever NumPy's parsers of headers and of archives make of a damaged one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{path}: not a readable .npy file ({reason})") from error
     try:
         check_flow(flow, "array")
     except ValueError as error:

@@ -215,5 +215,10 @@ def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear where no side shrinks, else area means, which do not alias. May return its input."""
     if array.shape[:2] == (height, width):
         return array
-    shrinks = height < array.shape[0] or width < array.shape[1]
+    rows, columns = array.shape[:2]
+    if (2 * height < rows and width > columns) or (2 * width < columns and height > rows):
+        # OpenCV takes area means only where no side grows; else two places, between which all others would be lost.
+        array = cv2.resize(array, (min(width, columns), min(height, rows)), interpolation=cv2.INTER_AREA)
+        return cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
+    shrinks = height < rows or width < columns
     return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -53,7 +53,8 @@ class VideoReader:
         self.path = Path(path)
         self.path.stat()
         _check_name(self.path)
-        self._capture = cv2.VideoCapture(os.fspath(path))
+        # Absolute: of "12:30.mp4" FFmpeg would take what is before the colon as a protocol.
+        self._capture = cv2.VideoCapture(os.path.abspath(path))
         if not self._capture.isOpened():
             raise FormatError(f"{path}: not a video that can be read")
         fps = self._capture.get(cv2.CAP_PROP_FPS)

@@ -21,14 +21,14 @@ def read_calibration(path: str | os.PathLike[str], info: Any) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise CalibrationError(f"calibration {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text, a 13th month, deep brackets
         raise CalibrationError(f"calibration {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise CalibrationError(f"calibration {path}: no mapping of names to values")
     try:
-        info.width, info.height = int(content["image_width"]), int(content["image_height"])
+        info.width, info.height = _size(content, "image_width"), _size(content, "image_height")
         info.distortion_model = str(content["distortion_model"])
         info.d = _numbers(content, "distortion_coefficients", None)
         info.k = _numbers(content, "camera_matrix", 9)
@@ -36,9 +36,16 @@ def read_calibration(path: str | os.PathLike[str], info: Any) -> Any:
         info.p = _numbers(content, "projection_matrix", 12)
     except KeyError as error:
         raise CalibrationError(f"calibration {path}: {error} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CalibrationError(f"calibration {path}: {' '.join(str(error).split())}") from None
     return info
+
+
+def _size(content: Any, name: str) -> int:
+    size = int(content[name])
+    if not 0 <= size < 1 << 32:  # all that the message has room for
+        raise ValueError(f"{name} {size} is no size")
+    return size
 
 
 def _numbers(content: Any, name: str, count: int | None) -> list[float]:

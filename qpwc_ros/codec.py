@@ -133,9 +133,10 @@ def decode_compressed(msg: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
         ImageError: no JPEG or PNG, cut off, corrupt, or more than `max_pixels` pixels.
     """
     data = bytes(_bytes_of(msg.data))
-    if data[:2] == b"\xff\xd8":
+    kind = compressed_format(data)
+    if kind == "jpeg":
         width, height, grey = _jpeg_header(data)
-    elif data[:8] == b"\x89PNG\r\n\x1a\n":
+    elif kind == "png":
         width, height, grey = _png_header(data)
     elif not data:
         raise ImageError("compressed image without data")
@@ -151,6 +152,13 @@ def decode_compressed(msg: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
         raise ImageError("compressed image cannot be decoded: the file is corrupt")
     swapped = "compressed rgb" in msg.format
     return Picture(bgr if swapped else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), grey)
+
+
+def compressed_format(data: bytes) -> str | None:
+    """What a file is by how it begins, "jpeg" or "png"; None for all that a CompressedImage does not hold."""
+    if data[:2] == b"\xff\xd8":
+        return "jpeg"
+    return "png" if data[:8] == b"\x89PNG\r\n\x1a\n" else None
 
 
 def fill_image(msg: Any, pixels: np.ndarray, encoding: str) -> Any:

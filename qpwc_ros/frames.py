@@ -2,6 +2,7 @@
 
 A pair's previous frame is the last one that was worked on, so consecutive pairs join without a hole and each
 frame is encoded once, also when the camera is faster than the network and frames in between were skipped.
+That holds up to max_interval, which is between a pair's two frames, whatever came in between.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Verdict(enum.Enum):
     PASSED_OVER = "passed over"  # too close by frame_step or min_interval: wait for a later one
     SAME_STAMP = "same stamp"
     BACKWARD = "backward"  # time jumped: a looped bag, a restarted simulation
-    GAP = "gap"  # more than max_interval
+    GAP = "gap"  # more than max_interval: no camera, or frames in between that were skipped or passed over
 
 
 @dataclass(frozen=True)

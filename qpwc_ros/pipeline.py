@@ -73,12 +73,12 @@ class Pipeline:
         self._parameter = parameter
         self._prev: Frame | None = None
         #: Another object after each `forget`: what began before is not published.
-        self._series = object()
+        self.series = object()
         self._rectifier: tuple[Any, Rectifier] | None = None
 
     def forget(self) -> None:
         """Drop the previous frame and the features it holds, and let nothing come of what is being computed."""
-        self._series = object()
+        self.series = object()
         self._prev = None
 
     def enabled_outputs(self) -> Iterable[tuple[str, Output]]:
@@ -128,7 +128,7 @@ class Pipeline:
             self.statistics.count("processed")
 
     def _process(self, arrival: Arrival) -> None:
-        start, series = time.monotonic(), self._series
+        start, series = time.monotonic(), self.series
         self.statistics.time("wait", start - arrival.received)
         try:
             stamp = _stamp_of(arrival.msg)
@@ -150,7 +150,7 @@ class Pipeline:
         decoded = time.monotonic()
         self.statistics.time("decode", decoded - start)
         self.source = f"{frame.rgb.shape[1]}x{frame.rgb.shape[0]} {frame.encoding}"
-        if series is not self._series:
+        if series is not self.series:
             return
         # Whatever becomes of this pair, the next one begins here.
         self._prev = frame
@@ -158,8 +158,7 @@ class Pipeline:
             back = (prev.stamp - stamp) * 1e-9
             self._report("time_jumps", f"time went back by {back:.3f} s: starting anew")
         elif verdict is Verdict.GAP:
-            gap = (stamp - prev.stamp) * 1e-9
-            self._report("gaps", f"{gap:.3f} s without images is over max_interval: starting anew")
+            self._report("gaps", f"{_gap(prev, frame)}: starting anew")
         elif verdict is Verdict.PAIR and not frame.looks_like(prev):
             before, now = _looks(prev), _looks(frame)
             what = "calibration changed" if before == now else f"images changed from {before} to {now}"
@@ -170,7 +169,7 @@ class Pipeline:
             # Looked up once: a cleanup may take it away meanwhile.
             estimator = self.estimator
             if estimator is not None:
-                pair = FramePair(prev, frame, estimator, info, lambda: series is self._series)
+                pair = FramePair(prev, frame, estimator, info, lambda: series is self.series)
                 self._publish(pair, arrival, decoded)
 
     def _publish(self, pair: FramePair, arrival: Arrival, decoded: float) -> None:
@@ -256,6 +255,15 @@ def _stamp_of(msg: Any) -> int:
     if not 0 <= stamp.nanosec < 1_000_000_000:
         raise ImageError(f"stamp has {stamp.nanosec} nanoseconds")
     return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def _gap(prev: Frame, frame: Frame) -> str:
+    seconds, between = (frame.stamp - prev.stamp) * 1e-9, frame.number - prev.number - 1
+    if not between:
+        return f"{seconds:.3f} s without images is over max_interval"
+    # Of those, frame_step and min_interval pass over some, and others come while the estimator is at work.
+    apart = f"a pair's images would be {seconds:.3f} s apart, with {between} in between that were not used"
+    return f"{apart}, which is over max_interval (raise it for a large frame_step or a slow estimator)"
 
 
 def _looks(frame: Frame) -> str:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,7 +282,7 @@ def test_bad_videos_are_one_line_and_keep_the_old_output(video, capsys):
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupted_video_leaves_nothing_behind(here, sent, code):
     canvas = texture(600, 700, smoothness=6)
     with VideoWriter("long.mp4", 10, (640, 480), codec="mp4v") as writer:
@@ -292,8 +293,8 @@ def test_interrupted_video_leaves_nothing_behind(here, sent, code):
         command,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": _repository()},
-        # Whoever runs the tests in the background passes on that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Whoever runs the tests in the background passes on that Ctrl-C or a hang-up is ignored.
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
     shown = b""
     while shown.count(b"\r") < 3:  # the progress bar has been drawn more than once: frames are being written
@@ -355,6 +356,42 @@ def test_other_packages_add_commands(monkeypatch, capsys):
     assert main(["--help"]) == 0
     assert "broken" in capsys.readouterr().out
     assert "no_such_module" in fails(capsys, 1, "broken", "--whatever")
+
+
+@pytest.mark.parametrize("source", [
+    "help = 'x'\ndef run(args): return 0\n",
+    "help = example = 'x'\nadd_arguments = run = None\n",
+    "help = example = 'x'\nrun = 3\ndef add_arguments(parser): pass\n",
+    "help = example = 'x'\ndef add_arguments(parser): parser.add_argument('--help')\ndef run(args): return 0\n",
+    "import sys\nsys.exit(0)\n",
+])  # fmt: skip
+def test_a_command_that_lacks_something_harms_no_other(monkeypatch, capsys, tmp_path, source):
+    import qpwc_core.cli.main as program
+
+    (tmp_path / "half_a_command.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "half_a_command", raising=False)
+    entry = metadata.EntryPoint("half", "half_a_command", program.COMMAND_GROUP)
+    monkeypatch.setattr(program.metadata, "entry_points", lambda group: [entry])
+    assert main(["models"]) == 0
+    assert "int8" in capsys.readouterr().out
+    assert "half_a_command" in fails(capsys, 1, "half")
+
+
+def test_a_damaged_png_is_told_in_one_line(here):
+    content = Path("a.png").read_bytes()
+    Path("cut.png").write_bytes(content[: len(content) // 2])
+    command = [sys.executable, "-m", "qpwc_core.cli", "flow", "cut.png", "b.png", "-o", "out.flo"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": _repository()})
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("qpwc: error: cut.png")
+
+
+def test_runs_where_standard_error_is_closed(here):
+    command = f"{sys.executable} -m qpwc_core.cli flow a.png b.png -o out.flo 2>&-"
+    assert subprocess.run(command, shell=True, env={**os.environ, "PYTHONPATH": _repository()}).returncode == 0
+    assert Path("out.flo").exists()
 
 
 def _repository():

@@ -103,9 +103,10 @@ def test_other_npys_are_no_flow(tmp_path):
     np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(FormatError, match="npy"):
         read_flow(path)
-    path.write_bytes(b"")
-    with pytest.raises(FormatError, match="npy"):
-        read_flow(path)
+    for content in (b"", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4',", b"PK\x03\x04 no archive"):
+        path.write_bytes(content)
+        with pytest.raises(FormatError, match="npy"):
+            read_flow(path)
 
 
 def test_bad_arguments_name_what_is_wrong(tmp_path, flow):

@@ -22,6 +22,14 @@ def test_resizing_flow_uses_half_pixel_centres():
     np.testing.assert_allclose(resized[:, 2:-2, 0], np.tile(expected, (32, 1))[:, 2:-2], rtol=1e-6)
 
 
+@pytest.mark.parametrize("size, other", [((100, 100), (30, 110)), ((20, 300), (40, 100)), ((300, 20), (100, 40))])
+def test_a_side_that_shrinks_keeps_its_place_where_the_other_grows(size, other):
+    x, y = np.meshgrid(np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5)
+    resized = resize_flow(np.dstack([x, y]).astype(np.float32), *other)
+    expected = np.meshgrid(np.arange(other[1]) + 0.5, np.arange(other[0]) + 0.5)  # positions and vectors scale alike
+    np.testing.assert_allclose(resized[3:-3, 3:-3], np.dstack(expected)[3:-3, 3:-3], atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_zero_flow_is_the_identity_everywhere(dtype):
     image = texture(33, 47).astype(dtype)

@@ -31,6 +31,13 @@ def write(path, frames, fps=25.0, **options):
             writer.write(frame)
 
 
+def test_a_name_may_be_a_time(tmp_path, frames, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("12:30:05.mp4", frames, codec="mp4v")
+    with VideoReader("12:30:05.mp4") as video:
+        assert len(list(video)) == 5
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi"])
 def test_frames_come_back_in_their_colours_and_order(tmp_path, frames, suffix):
     path = tmp_path / f"a{suffix}"

@@ -166,6 +166,8 @@ def test_flying_things(tmp_path, name, pictures, suffix):
     assert [(p.prev.stem, p.next.stem) for p in pairs] == [
         ("0006", "0007"), ("0007", "0008"), ("0007", "0006"), ("0008", "0007")
     ]  # fmt: skip
+    # Every scene has a left/0006, and either direction of time.
+    assert [p.name for p in pairs[1:3]] == ["A/0000/into_future/left/0007", "A/0000/into_past/left/0007"]
     for pair, sign in zip(pairs, (1, 1, -1, -1)):
         sample = pair.read()
         sample.flow[0, 0] = sign * FLOW[0, 0]
@@ -580,6 +582,11 @@ def test_frames_of_a_directory_of_pictures(tmp_path):
         assert (source.height, source.width, source.frame_count) == (HEIGHT, WIDTH, 3)
         for frame, expected in zip(source, frames(3), strict=True):
             np.testing.assert_array_equal(frame, expected)
+    for index in range(3):  # 10 comes behind 9
+        (tmp_path / f"{index:04d}.png").rename(tmp_path / f"frame{8 + index}.png")
+    with open_frames(tmp_path) as source:
+        np.testing.assert_array_equal(list(source), frames(3))
+    (tmp_path / "frame8.png").rename(tmp_path / "0000.png")
     write_image(tmp_path / "0001.png", frames()[0][1:])
     with open_frames(tmp_path) as source, pytest.raises(FormatError, match="0001.png: 64x47, but"):
         list(source)

@@ -132,6 +132,14 @@ def test_the_validation_set_does_not_change_with_the_code():
     assert digest.hexdigest() == "d8a9bfeea953b984a5ce1323e4fe09181e5b36fb5c24e2868a4e56adab12a7c9"
 
 
+def test_the_crowded_validation_set_is_another_that_stays_the_same(config):
+    first, same = (validation_samples(HEIGHT, WIDTH, 3, config.textures, crowded=True) for _ in range(2))
+    usual = validation_samples(HEIGHT, WIDTH, 3, config.textures)
+    for crowded, again, other in zip(first, same, usual):
+        np.testing.assert_array_equal(crowded.flow, again.flow)
+        assert not np.array_equal(crowded.flow, other.flow)
+
+
 def calm(**changes) -> AugmentConfig:
     """Nothing but these."""
     chances = ("blur_chance", "jpeg_chance", "fog_chance", "night_chance", "shade_chance")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from data_scenes import back_warped, background, small_bank, smooth_bank, square, visible_error
@@ -179,6 +181,36 @@ def test_no_layer_moves_farther_than_the_limit():
         centre = np.array([WIDTH / 2, HEIGHT / 2])
         lengths.append(np.hypot(*(apply_homography(layer.motion, centre) - centre)))
     assert max(lengths) <= 20 + 1e-6 and max(lengths) > 10
+
+
+def drawn(config: SceneConfig, count: int) -> list[Scene]:
+    rng, bank = np.random.default_rng(3), small_bank()
+    return [scenes.sample_scene(rng, config, bank) for _ in range(count)]
+
+
+def test_a_crowded_scene_has_many_small_things_that_the_camera_moves():
+    config = SceneConfig(height=HEIGHT, width=WIDTH, motion=(4.0, 12.0), ground_chance=0.0, bend_chance=0.0, slow_chance=0.0)
+    usual = drawn(config, 12)
+    crowded = drawn(dataclasses.replace(config, crowd_chance=1.0, crowd_objects=(20, 24), crowd_still=1.0), 12)
+    assert max(len(scene.layers) for scene in usual) <= 1 + config.objects[1]
+    assert all(21 <= len(scene.layers) <= 25 for scene in crowded)
+
+    def size(layer: Layer) -> float:
+        return abs(np.linalg.det(layer.to_frame0[:2, :2])) ** 0.5
+
+    assert np.median([size(one) for scene in crowded for one in scene.layers[1:]]) < 0.7 * np.median(
+        [size(one) for scene in usual for one in scene.layers[1:]]
+    )
+    bank = small_bank()
+    for scene in crowded:  # nothing stands where it was: the camera has moved past all of it
+        assert all(np.abs(layer.motion - np.eye(3)).max() > 0.01 for layer in scene.layers[1:])
+        assert visible_error(render(scene, bank)).mean() < 12
+
+
+def test_scenes_are_crowded_as_often_as_asked():
+    config = SceneConfig(height=HEIGHT, width=WIDTH, ground_chance=0.0, crowd_chance=0.4, crowd_objects=(12, 12))
+    share = np.mean([len(scene.layers) == 13 for scene in drawn(config, 300)])
+    assert 0.3 < share < 0.5
 
 
 def test_helpers_of_homographies():

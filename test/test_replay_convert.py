@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import struct
 
 import cv2
 import numpy as np
@@ -81,6 +82,37 @@ def test_images_in_the_order_of_their_numbers(tmp_path):
         np.testing.assert_array_equal(pixels(frame.message), original)
     info = camera(frames[0])
     assert (info.width, info.height, info.k[0]) == (160, 120, 0)  # not calibrated
+
+
+def test_formats_go_by_the_content_and_all_into_one_topic(tmp_path):
+    encoded = (("0.jpg", ".webp"), ("1.png", ".jpg"), ("2.bmp", ".bmp"), ("3.jpeg", ".png"))
+    files = []
+    (tmp_path / "images").mkdir()
+    for (name, kind), frame in zip(encoded, FRAMES):
+        content = cv2.imencode(kind, frame[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()
+        (tmp_path / "images" / name).write_bytes(content)
+        files.append(content)
+    assert convert(tmp_path / "images", "-o", tmp_path / "bag") == 0
+    frames = read(tmp_path / "bag", "/camera/image_raw/compressed")
+    assert [f.message.format for f in frames] == ["png", "jpeg", "png", "png"]
+    assert [f.message.data.tobytes() == c for f, c in zip(frames, files)] == [False, True, False, True]
+    for k in (0, 2, 3):
+        np.testing.assert_array_equal(pixels(frames[k].message), FRAMES[k])
+
+
+def test_camera_info_is_for_the_image_as_readers_see_it(tmp_path):
+    jpeg = cv2.imencode(".jpg", FRAMES[0][..., ::-1])[1].tobytes()
+    # One entry, orientation: 6, to be turned by a quarter.
+    entry = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    turned = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    assert cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR).shape == (160, 120, 3)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(turned)
+    assert convert(tmp_path / "images", "-o", tmp_path / "bag", "--hfov", 90) == 0
+    frame, info = read(tmp_path / "bag")[0], camera(read(tmp_path / "bag")[0])
+    assert frame.message.data.tobytes() == turned and pixels(frame.message).shape == (120, 160, 3)
+    assert (info.width, info.height) == (160, 120) and info.k[0] == pytest.approx(80)
 
 
 def test_tum(tmp_path):

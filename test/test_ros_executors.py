@@ -156,6 +156,54 @@ def test_calls_are_answered_during_an_inference(client, flow, scene, example_plu
         assert "Traceback" not in node.log
 
 
+def test_nothing_comes_of_a_load_that_ends_after_cleanup(client, flow, scene, example_plugin, tmp_path):
+    gate, reached = tmp_path / "gate", tmp_path / "gate.reached"
+    publisher, sent = client._publishers["/image"], iter(frames(scene, 100))
+
+    def cleaned_up_during_a_load(failure=""):
+        """The node is unconfigured, but an estimator is loaded, or fails to be, once the gate is removed."""
+        reached.unlink(missing_ok=True)
+        gate.write_text(failure)
+        assert client.set(estimator="held") == (True, "")
+        publisher.publish(next(sent))
+        wait_until(reached.exists, 30, "the load to begin")
+        assert client.change("deactivate") and client.change("cleanup")
+        assert client.set(estimator="dis") == (True, "")
+
+    def done():
+        values = client.dump()
+        return int(values["processed"]) + int(values["dropped"]) == int(values["received"])
+
+    def load_ends():
+        assert not done()
+        gate.unlink()
+        wait_until(done, 30, "the load to end")
+
+    def runs_dis():
+        client.await_ready("/image", "flow")
+        flow.clear()
+        client.play_in_step("/image", [next(sent) for _ in range(3)], [flow])
+        values = client.dump()
+        return values["estimator"] == "dis" and values["level"] == "ok" and flow_error(flow[-1], scene) < 0.3
+
+    with NodeProcess(tmp_path, env=example_plugin, outputs=["flow"], held_load=gate) as node:
+        assert runs_dis()
+        for failure in ("", "no such device"):
+            cleaned_up_during_a_load(failure)
+            load_ends()
+            values = client.dump()
+            assert (values["state"], values["estimator"], values["level"]) == ("unconfigured", "", "ok")
+            assert client.change("configure") and client.change("activate") and runs_dis()
+
+            # Nor does it take the place of what has been configured meanwhile.
+            cleaned_up_during_a_load(failure)
+            assert client.change("configure") and client.change("activate")
+            load_ends()
+            assert runs_dis()
+        assert "no such device" not in node.log and "held loaded" not in node.log
+        assert node.end()[0] == 0 and "Traceback" not in node.log
+
+
 def test_an_estimator_that_hangs_is_warned_of(client, flow, scene, example_plugin, tmp_path):
     gate, reached = tmp_path / "gate", tmp_path / "gate.reached"
     publisher, sent = client._publishers["/image"], frames(scene, 200)

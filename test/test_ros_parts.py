@@ -148,6 +148,27 @@ def test_a_pair_that_fails_or_is_given_up_is_not_the_outputs_fault():
     assert seen == [10, 10, 10]
 
 
+@pytest.mark.parametrize(
+    ("frame_step", "numbers", "said"),
+    [
+        (1, (0, 1), "1.100 s without images is over max_interval: starting anew"),
+        (15, range(12), "a pair's images would be 1.100 s apart, with 10 in between that were not used"),
+        (1, (0, 11), "a pair's images would be 1.100 s apart, with 10 in between that were not used"),
+    ],
+    ids=["no image came", "passed over", "skipped"],
+)
+def test_a_gap_is_said_to_be_without_images_only_if_it_was(frame_step, numbers, said):
+    reports = []
+    values = {"min_interval": 0.0, "max_interval": 1.0, "frame_step": frame_step, "max_pixels": 10_000}
+    values["rectify"] = False
+    pipeline = Pipeline(Statistics(), lambda *what: reports.append(what), values.__getitem__)
+    for k in numbers:
+        late, stamp = arrival(k), 11 * SECOND // 10 * k // numbers[-1]
+        late.msg.header.stamp = SimpleNamespace(sec=stamp // SECOND, nanosec=stamp % SECOND)
+        pipeline.process(late)
+    assert [problem for problem, _ in reports] == ["gaps"] and reports[0][1].startswith(said)
+
+
 class Wish(BaseException):
     """Raised by a plugin; like SystemExit it is no Exception."""
 

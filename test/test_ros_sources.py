@@ -102,6 +102,12 @@ def test_a_calibration_file(tmp_path):
         ("", "no mapping"),
         ("a: [", "expected"),
         ("!!python/object/apply:os.system ['true']", "python/object"),
+        (CALIBRATION.replace("mine", "2024-13-45"), "month must be in 1..12"),  # read as a date
+        (CALIBRATION.replace("640", ".inf"), "infinity"),
+        (CALIBRATION.replace("640", "-640"), "image_width -640 is no size"),
+        (CALIBRATION.replace("480", "99999999999"), "image_height 99999999999 is no size"),
+        (CALIBRATION.replace("510", "1" + "0" * 400), "too large"),
+        pytest.param("[" * 10_000, "recursion", id="brackets"),
     ],
 )
 def test_a_file_that_is_no_calibration_is_refused_in_one_line(tmp_path, text, reason):

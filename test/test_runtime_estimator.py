@@ -259,6 +259,13 @@ def test_threads_and_kernels_do_not_change_the_flow(pair):
     assert epe(FlowEstimator.load(precision="float32", threads=1, xnnpack=False)(*pair), flow) < 1e-2
 
 
+@pytest.mark.parametrize("threads", [0, 257, 2.5, "2"])
+def test_a_number_of_threads_that_does_not_do_is_named(threads):
+    with pytest.raises(ValueError, match=f"threads.*{threads}"):
+        FlowEstimator.load(threads=threads)
+    assert FlowEstimator.load(threads=np.int64(1)).threads == 1
+
+
 def test_one_estimator_serves_several_threads(estimator, pair):
     expected = estimator(*pair)
     results = []

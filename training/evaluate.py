@@ -1,6 +1,7 @@
 """Compares flow estimators on pairs with known flow: networks in int8 and float32, OpenCV, and no motion at all.
 
     python training/evaluate.py                                    # synthetic pairs, bundled models
+    python training/evaluate.py --data crowded                     # rendered too: many small things at all depths
     python training/evaluate.py --data motorcycle                  # a real pair, from scikit-image
     python training/evaluate.py --data sintel-final --root DIR --methods qpwc_fast out/mine_int8.tflite dis-medium
     python training/evaluate.py --write out/pairs                  # for a program that is not ours: ...
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     common.add_refine_argument(parser)
     common.add_enlarge_argument(parser)
     parser.add_argument(
-        "--count", type=common.positive_int, metavar="N", help="pairs (default: 64 synthetic, else all)"
+        "--count", type=common.positive_int, metavar="N", help="pairs (default: 64 rendered ones, else all)"
     )
     parser.add_argument(
         "--size",
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         nargs=2,
         metavar=("H", "W"),
         default=(384, 512),
-        help="of the synthetic pairs (default: 384 512)",
+        help="of rendered pairs (default: 384 512)",
     )
     parser.add_argument(
         "--validation-textures", metavar="FILE", help="archive of prepare_textures.py (default: patterns)"

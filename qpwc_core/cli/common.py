@@ -119,8 +119,12 @@ def _key_and_value(text: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def _native_stderr_closed() -> Iterator[None]:
     """Drops what native code writes to file descriptor 2; for a moment when no other thread runs."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # the user has closed it already
+        yield
+        return
     sys.stderr.flush()
-    kept = os.dup(2)
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
@@ -136,7 +140,9 @@ def read_pair(prev: Path, next: Path) -> tuple[np.ndarray, np.ndarray]:
     from qpwc_core.images import as_rgb_pair, read_image
 
     try:
-        return as_rgb_pair(read_image(prev), read_image(next), names=(str(prev), str(next)))
+        with _native_stderr_closed():  # libpng has lines of its own about a damaged file
+            images = read_image(prev), read_image(next)
+        return as_rgb_pair(*images, names=(str(prev), str(next)))
     except ValueError as error:
         raise FormatError(str(error)) from error
 

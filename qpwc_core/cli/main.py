@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import NoReturn, Protocol
@@ -137,10 +138,19 @@ def _commands() -> dict[str, Command]:
         if entry.name in commands:
             continue
         try:
-            commands[entry.name] = entry.load()
-        except Exception as error:  # another package's fault must not take the other commands along
+            commands[entry.name] = _loaded(entry)
+        except (Exception, SystemExit) as error:  # another package's fault must not take the other commands along
             commands[entry.name] = _Broken(entry, error)
     return commands
+
+
+def _loaded(entry: metadata.EntryPoint) -> Command:
+    """An installed package's command, which has all that a parser asks of it."""
+    command = entry.load()
+    if not isinstance(command.help, str) or not isinstance(command.example, str) or not callable(command.run):
+        raise TypeError("help and example must be text and run a function")
+    command.add_arguments(_Parser(prog=entry.name))  # a trial
+    return command
 
 
 class _Broken:
@@ -148,7 +158,7 @@ class _Broken:
 
     example = "(this command does not load)"
 
-    def __init__(self, entry: metadata.EntryPoint, error: Exception) -> None:
+    def __init__(self, entry: metadata.EntryPoint, error: BaseException) -> None:
         self.help = f"does not load: {type(error).__name__}"
         self._message = f"the command {entry.name!r} ({entry.value}) does not load: {error}"
 
@@ -161,20 +171,23 @@ class _Broken:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM unwind the program like Ctrl-C, so that half-written files are removed."""
+    """Lets SIGTERM, and SIGHUP of a terminal that is gone, unwind the program like Ctrl-C, so that half-written files
+    are removed."""
 
-    def interrupt(*_: object) -> NoReturn:
-        raise SystemExit(128 + signal.SIGTERM)
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
 
-    try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+    if threading.current_thread() is not threading.main_thread():  # whoever runs us there handles signals
         yield
         return
+    # nohup has SIGHUP ignored, and so it stays.
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in caught}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _quiet_libraries() -> None:

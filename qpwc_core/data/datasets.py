@@ -36,6 +36,7 @@ class Pair:
         occluded: mask (white where a pixel of ``prev`` is hidden in ``next``), or None.
         invalid: mask (white where the flow must not be used), or None.
         flow_visible: the flow once more, known only where the pixel is seen in ``next`` (KITTI), or None.
+        label: the pair's name where its directory's and its first picture's do not tell it from the others.
     """
 
     prev: Path
@@ -44,11 +45,12 @@ class Pair:
     occluded: Path | None = None
     invalid: Path | None = None
     flow_visible: Path | None = None
+    label: str | None = None
 
     @property
     def name(self) -> str:
-        """Short name of the pair: its directory's and its first picture's."""
-        return f"{self.prev.parent.name}/{self.prev.stem}"
+        """Short name of the pair, unique in its data set: its directory's and its first picture's, or ``label``."""
+        return self.label or f"{self.prev.parent.name}/{self.prev.stem}"
 
     def read(self) -> Sample:
         """Opens the files.
@@ -143,7 +145,7 @@ def _complete(pairs: list[Pair], where: Path, what: str) -> list[Pair]:
     for pair in pairs:
         for field in dataclasses.fields(pair):
             path = getattr(pair, field.name)
-            if path is not None and not path.exists():
+            if isinstance(path, Path) and not path.exists():
                 raise ValueError(f"{path}: missing from {what}")
     return pairs
 
@@ -214,6 +216,7 @@ def things(root: Path, frames: str, split: str = "TRAIN") -> list[Pair]:
     pairs = []
     for direction, step in (("into_future", 1), ("into_past", -1)):
         for directory in sorted(flows.glob(f"*/*/{direction}/*")):
+            place = directory.relative_to(flows)
             scene = pictures / directory.parents[1].relative_to(flows) / directory.name
             numbered = {int(p.stem): p for p in scene.glob("*") if p.stem.isdigit() and p.suffix in _PICTURES}
             for flow in sorted(directory.glob("*.pfm")):
@@ -227,7 +230,7 @@ def things(root: Path, frames: str, split: str = "TRAIN") -> list[Pair]:
                 prev, next_ = (
                     numbered.get(n) or scene / f"{n:0{len(digits[0])}d}.png" for n in (number, number + step)
                 )
-                pairs.append(Pair(prev, next_, flow))
+                pairs.append(Pair(prev, next_, flow, label=f"{place}/{prev.stem}"))
     return _complete(pairs, flows, what)
 
 

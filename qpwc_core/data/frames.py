@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from qpwc_core.errors import FormatError, QpwcError
-from qpwc_core.images import IMAGE_SUFFIXES, read_image
+from qpwc_core.images import IMAGE_SUFFIXES, natural_order, read_image
 from qpwc_core.video import VideoReader
 
 _BAG_SUFFIXES = (".mcap", ".db3")
@@ -43,14 +43,15 @@ class FrameSource(Protocol):
 
 
 class PictureDirectory:
-    """The pictures of a directory, in the order of their names."""
+    """The pictures of a directory, in the order of their names, 2 before 10."""
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
             FormatError: there is no picture, or the first one cannot be read.
         """
-        self._files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        self._files = sorted(files, key=lambda file: natural_order(file.name))
         if not self._files:
             raise FormatError(f"{path}: neither pictures nor a recording (metadata.yaml) in this directory")
         self.height, self.width = read_image(self._files[0]).shape[:2]

@@ -29,6 +29,12 @@ class SceneConfig:
         ground_chance: probability of a scene with ground, a wall and upright objects under one camera motion.
         smooth_chance: probability that a background is a smooth picture, where the textures have any.
         thin_chance: probability that a masked object is thin (bars, wires, grids), where the masks have any.
+        still_share: share of the objects that have no motion but what the camera's gives them.
+        travel_share: share of the scenes of layers whose camera moves on, besides turning.
+        crowd_chance: probability of a crowded scene: many things, small ones and thin ones too, at all depths, most of
+            them still while the camera moves, as in a workshop or a thicket.
+        crowd_objects, crowd_size, crowd_thin, crowd_still: its ``objects``, ``object_size``, ``thin_chance`` and
+            ``still_share``.
         defocus_chance, defocus_radius: probability that background or foreground is out of focus; the range
             of the disc's radius.
         blur_chance, exposure: probability of motion blur; the range of the exposure time.
@@ -52,6 +58,13 @@ class SceneConfig:
     ground_chance: float = 0.25
     smooth_chance: float = 0.15
     thin_chance: float = 0.15
+    still_share: float = 0.15
+    travel_share: float = 0.7
+    crowd_chance: float = 0.0
+    crowd_objects: tuple[int, int] = (10, 36)
+    crowd_size: tuple[float, float] = (0.04, 0.6)
+    crowd_thin: float = 0.4
+    crowd_still: float = 0.85
     defocus_chance: float = 0.12
     defocus_radius: tuple[float, float] = (0.8, 4.0)
     blur_chance: float = 0.15

@@ -239,12 +239,16 @@ def worker_batches(config: PipelineConfig, seed: int, workers: int) -> Iterator[
 
 
 def validation_samples(
-    height: int, width: int, count: int, textures: str | None, seed: int = 20_000
+    height: int, width: int, count: int, textures: str | None, seed: int = 20_000, *, crowded: bool = False
 ) -> list[Sample]:
     """The fixed synthetic validation set: the same arguments always give the same samples.
 
     Photometric changes are on; the texture archive must be the validation one. Every option that training's
     scenes and augmentation have gained since is named here and off, so that figures stay comparable.
+
+    Args:
+        textures: archive of ``prepare_textures.py``, or None for procedural patterns.
+        crowded: another set, of crowded scenes (``SceneConfig.crowd_chance``) that are the same otherwise.
     """
     config = PipelineConfig(
         scene=SceneConfig(
@@ -262,6 +266,7 @@ def validation_samples(
             defocus_chance=0.0,
             blur_chance=0.0,
             rolling_chance=0.0,
+            crowd_chance=float(crowded),
         ),
         augment=AugmentConfig(night_chance=0.0, shade_chance=0.0),
         textures=textures,

@@ -93,7 +93,7 @@ def _layered(
     camera = _camera_rotation(rng, config, 0.5 * strength * abs(rng.normal()))
     heading = rng.normal(0, 1, 3) * np.array([1.0, 0.6, rng.choice([0.3, 2.0])])
     heading /= np.linalg.norm(heading)
-    travel = strength * rng.uniform(0, 1.0) if rng.random() < 0.7 else 0.0
+    travel = strength * rng.uniform(0, 1.0) if rng.random() < config.travel_share else 0.0
 
     def motion_of(depth: float, own: np.ndarray, centre: tuple[float, float]) -> np.ndarray:
         tilt = rng.normal(0, 0.6, 2) if rng.random() < 0.5 else np.zeros(2)
@@ -137,7 +137,7 @@ def _layered(
             @ scaling(scale * stretch * rng.choice([-1, 1]), scale / stretch)
             @ translation(-tile / 2, -tile / 2)
         )
-        still = rng.random() < 0.15
+        still = rng.random() < config.still_share
         own = np.eye(3) if still else _own_motion(rng, strength, centre, extent)
         motion = motion_of(float(depth), own, centre)
         bend = bend_of()
@@ -212,6 +212,17 @@ def _exposure(
     return (float(exposure), instants) if exposure * longest > 0.7 else (0.0, 1)
 
 
+def _crowded(config: SceneConfig) -> SceneConfig:
+    return dataclasses.replace(
+        config,
+        objects=config.crowd_objects,
+        object_size=config.crowd_size,
+        thin_chance=config.crowd_thin,
+        still_share=config.crowd_still,
+        travel_share=1.0,
+    )
+
+
 def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBank) -> Scene:
     """Draws a scene; everything random comes from ``rng``.
 
@@ -221,6 +232,8 @@ def sample_scene(rng: np.random.Generator, config: SceneConfig, bank: TextureBan
     def happens(chance: float) -> bool:
         return chance > 0 and rng.random() < chance
 
+    if happens(config.crowd_chance):
+        config = _crowded(config)
     motion = config.slow_motion if happens(config.slow_chance) else config.motion
     strength = float(np.exp(rng.uniform(*np.log(motion))))
     draw_layers = sample_ground_layers if happens(config.ground_chance) else _layered

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -283,7 +284,7 @@ def _pictures_in(path: Path) -> Iterable[tuple[str, np.ndarray]]:
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: a damaged zip archive ({error})") from error
     elif suffix in VIDEO_SUFFIXES:
-        capture = cv2.VideoCapture(str(path))
+        capture = cv2.VideoCapture(os.path.abspath(path))  # as in qpwc_core.video
         total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         for index in range(0, total, 24):
             capture.set(cv2.CAP_PROP_POS_FRAMES, index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
+import operator
 import os
 import platform
 import threading
@@ -119,8 +120,12 @@ class Engine:
         Raises:
           ModelError: The file is damaged or needs operations this runtime lacks.
           QpwcError: No runtime is installed, or the delegate cannot be loaded.
-          ValueError: Too few or too many threads.
+          ValueError: Too few or too many threads, or no whole number of them.
         """
+        try:
+            threads = operator.index(threads)
+        except TypeError:
+            raise ValueError(f"threads must be a whole number, got {threads!r}") from None
         if not 1 <= threads <= MAX_THREADS:
             raise ValueError(f"threads must be from 1 to {MAX_THREADS}, got {threads}")
         runtime, self.name = import_runtime()

@@ -56,6 +56,7 @@ class TrainConfig:
             does not leave; sub-pixel motion alone teaches a new network to predict none.
         motion_limit: no layer's centre moves farther. A picture is enlarged to the next of the exported network's
             sizes, and its motion with it: what is learned has to reach farther than the largest motion of interest.
+        crowd_chance: share of crowded scenes, see ``SceneConfig``.
         initial: weights to start from, or None.
         initial_network, initial_radii, initial_context, initial_vote_gain: the operating point that these weights
             belong to, its search radii, its context network's channels (0: it has none) and its vote's gain (0: it has
@@ -96,6 +97,7 @@ class TrainConfig:
     validation_textures: str | None = None
     motion: tuple[float, float] = (2.0, 90.0)
     motion_limit: float = 200.0
+    crowd_chance: float = 0.0
     initial: str | None = None
     initial_network: str | None = None
     initial_radii: tuple[int, ...] = ()
@@ -129,6 +131,8 @@ class TrainConfig:
             raise ValueError(f"loss_exponent must be above 0 and at most 1, got {self.loss_exponent}")
         if not 0 <= self.endpoint_share <= 1:
             raise ValueError(f"endpoint_share must lie between 0 and 1, got {self.endpoint_share}")
+        if not 0 <= self.crowd_chance <= 1:
+            raise ValueError(f"crowd_chance must lie between 0 and 1, got {self.crowd_chance}")
         if not 0 < self.motion[0] <= self.motion[1]:
             raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
         choices = dict(initial_part=INITIAL_PARTS, strategy=STRATEGIES, precision=PRECISIONS)
@@ -147,7 +151,11 @@ class TrainConfig:
     def pipeline(self) -> PipelineConfig:
         return PipelineConfig(
             scene=SceneConfig(
-                height=self.height, width=self.width, motion=self.motion, motion_limit=self.motion_limit
+                height=self.height,
+                width=self.width,
+                motion=self.motion,
+                motion_limit=self.motion_limit,
+                crowd_chance=self.crowd_chance,
             ),
             textures=self.textures,
             batch=self.batch,

@@ -39,9 +39,9 @@ class EvaluateConfig:
     Attributes:
         data: what to evaluate on, a name in ``evaluation.DATA``.
         root: the data set's directory.
-        size: (height, width) of the synthetic pairs in pixels.
-        count: how many pairs; None: 64 synthetic ones, all of a data set.
-        validation_textures: archive of ``prepare_textures.py`` for the synthetic pairs; None: procedural patterns.
+        size: (height, width) of rendered pairs in pixels.
+        count: how many pairs; None: 64 rendered ones, all of a data set.
+        validation_textures: archive of ``prepare_textures.py`` for rendered pairs; None: procedural patterns.
         pictures: paint the worst and a typical pair of each method.
     """
 

@@ -158,7 +158,7 @@ def _check_inputs(recipe: Recipe, stage: Stage) -> None:
         made = any(path.is_relative_to(other.directory) for other in recipe.stages)
         if not made and not path.exists():
             raise ValueError(f"{stage.label}: {name}: no such file or directory: {path}")
-    if stage.kind == "evaluate" and stage.config.data != evaluation.SYNTHETIC:
+    if stage.kind == "evaluate" and stage.config.data not in evaluation.RENDERED:
         root = stage.config.root
         evaluation.load_pairs(stage.config.data, Path(root) if root else None)
 
@@ -361,7 +361,7 @@ def _evaluate(recipe: Recipe, stage: Stage) -> Outcome:
 def _evaluate_command(stage: Stage, methods: list[str]) -> str:
     config = stage.config
     words = ["python", "training/evaluate.py", "--data", config.data, "--methods", *methods]
-    words += ["--size", *map(str, config.size)] if config.data == evaluation.SYNTHETIC else []
+    words += ["--size", *map(str, config.size)] if config.data in evaluation.RENDERED else []
     for option in ("root", "count", "validation_textures"):
         value = getattr(config, option)
         words += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []

@@ -18,6 +18,7 @@ import numpy as np
 from qpwc_core.errors import FormatError
 from qpwc_core.images import natural_order
 from qpwc_core.video import VideoReader
+from qpwc_ros.codec import compressed_format
 from qpwc_ros.convert.messages import (
     Calibration,
     Item,
@@ -114,21 +115,21 @@ def _camera(
     calibration: Calibration | None,
     settings: Settings | None = None,
 ) -> Iterator[Item]:
-    """Image files of a camera and their CameraInfo; PNG and JPEG go into the bag as they are."""
+    """Image files of a camera and their CameraInfo; JPEG and PNG go in as they are, all else as PNG."""
     frame_id = base.strip("/")
     for stamp, path in stamped:
         content = _content(path)
-        pixels = _decoded(content, cv2.IMREAD_COLOR)
+        # As they lie in the file: readers of bags take no notice of EXIF's orientation.
+        pixels = _decoded(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if pixels is None:
             raise FormatError(f"{path}: not an image that can be read")
         size = (pixels.shape[1], pixels.shape[0])
         known = calibration if calibration is not None else _assumed(settings or Settings(), size)
         yield camera_info(stamp, f"{base}/camera_info", frame_id, size, known)
-        form = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}.get(path.suffix.lower())
-        if form:
-            yield compressed_image(stamp, f"{base}/image_raw/compressed", frame_id, content, form)
-        else:
-            yield image(stamp, f"{base}/image_raw", frame_id, pixels, "bgr8")
+        form = compressed_format(content)  # by the content: suffixes are often wrong
+        if form is None:
+            form, content = "png", _png(pixels, path)
+        yield compressed_image(stamp, f"{base}/image_raw/compressed", frame_id, content, form)
 
 
 def _content(path: Path) -> bytes:
@@ -144,6 +145,13 @@ def _decoded(content: bytes, flags: int) -> np.ndarray | None:
         return cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     except cv2.error:
         return None
+
+
+def _png(pixels: np.ndarray, path: Path) -> bytes:
+    ok, content = cv2.imencode(".png", pixels)
+    if not ok:
+        raise FormatError(f"{path}: cannot be encoded as PNG")
+    return content.tobytes()
 
 
 def _text(path: Path) -> str:

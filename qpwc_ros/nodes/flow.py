@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -142,6 +143,10 @@ class FlowNode(Reporting, LifecycleNode):
         self._loaded: tuple[str, dict[str, Any]] | None = None
         self._tried: tuple[str, dict[str, Any]] | None = None
         self._failure = ""
+        #: Another object after each `_free`: nothing comes of a load that began before. What a load ends with,
+        #: and what `_free` undoes, is written under the lock.
+        self._configuration = object()
+        self._configuration_lock = threading.Lock()
         self._last_problem = ("", 0.0)
         self._last_image = 0.0
         self._camera: tuple[str, Any] | None = None
@@ -231,13 +236,12 @@ class FlowNode(Reporting, LifecycleNode):
     def on_configure(self, state: Any) -> TransitionCallbackReturn:
         """Load the estimator, run it once, advertise the outputs. On failure the node stays unconfigured."""
         try:
-            self._load_estimator()
+            self._load_estimator(self._estimator_choice({}), self._configuration)
         except BaseException as error:
             let_ctrl_c_pass(error)
             self._failure = one_line(error)
             self.get_logger().error(f"cannot configure: {self._failure}")
             return TransitionCallbackReturn.FAILURE
-        self._failure = ""
         self._pipeline.disabled = dict(self._output_errors)
         self._follow_outputs()
         self.state = "inactive"
@@ -295,9 +299,11 @@ class FlowNode(Reporting, LifecycleNode):
             self._close(output)
         self._pipeline.outputs = {}
         self._pipeline.disabled = {}
-        self._pipeline.estimator = None
+        with self._configuration_lock:
+            self._configuration = object()
+            self._pipeline.estimator = None
+            self._loaded = self._tried = None
         self._pipeline.camera_info = None
-        self._loaded = self._tried = None
         self.state = "unconfigured"
         gc.collect()
 
@@ -308,31 +314,39 @@ class FlowNode(Reporting, LifecycleNode):
 
     # Estimator and outputs follow the parameters
 
-    def _load_estimator(self) -> None:
-        choice = self._estimator_choice({})
-        self._tried = choice
+    def _load_estimator(self, choice: tuple[str, dict[str, Any]], configuration: object) -> None:
         start = time.monotonic()
         estimator = self._estimator_class(choice[0])(choice[1])
         estimator.warm_up()
-        self._pipeline.estimator, self._loaded = estimator, choice
+        with self._configuration_lock:
+            if configuration is not self._configuration:
+                return
+            self._pipeline.estimator, self._loaded, self._tried = estimator, choice, choice
+            self._failure = ""
         described, failure = description(estimator)
         what = ", ".join(f"{key} {value}" for key, value in described.items() if value) or failure
         self.get_logger().info(f"estimator {choice[0]} loaded in {time.monotonic() - start:.2f} s: {what}")
 
     def _follow_estimator(self) -> None:
         choice = self._estimator_choice({})
-        if choice == self._tried:
-            return
-        if choice == self._loaded:  # back from one that could not be loaded
-            self._tried, self._failure = choice, ""
-            return
+        with self._configuration_lock:
+            configuration = self._configuration
+            if self._loaded is None or choice == self._tried:  # None: cleaned up before this image's turn
+                return
+            self._tried = choice
+            if choice == self._loaded:  # back from one that could not be loaded
+                self._failure = ""
+                return
         try:
-            self._load_estimator()
-            self._failure = ""
+            self._load_estimator(choice, configuration)
         except BaseException as error:
             let_ctrl_c_pass(error)
-            self._failure = f"{one_line(error)}; the estimator loaded before goes on"
-            self.get_logger().error(self._failure)
+            failure = f"{one_line(error)}; the estimator loaded before goes on"
+            with self._configuration_lock:
+                if configuration is not self._configuration:
+                    return
+                self._failure = failure
+            self.get_logger().error(failure)
 
     def _follow_outputs(self) -> None:
         names = [name for name in self._outputs if name in self._parameter("outputs")]
@@ -481,10 +495,14 @@ class FlowNode(Reporting, LifecycleNode):
     def _work(self, arrival: Arrival) -> None:
         if not self.context.ok():
             return
+        series = self._pipeline.series
         try:
             self._follow_estimator()
         except BaseException as error:
             self.report("internal_errors", one_line(error))
+        if series is not self._pipeline.series:  # unsubscribed while an estimator was loaded
+            self.statistics.count("dropped")
+            return
         self._pipeline.process(arrival)
 
     def _on_worker_failure(self, error: BaseException) -> None:

@@ -64,21 +64,33 @@ class SlowEstimator(DisEstimator):
 
 
 class HeldEstimator(DisEstimator):
-    """DIS that finishes no match while a file is there, and makes another file when it begins to wait."""
+    """DIS that finishes no match while a file is there, and makes another file when it begins to wait.
+
+    Nor is it loaded while a second file is there; if that has a text, loading then fails with it.
+    """
 
     parameters = (
         ParameterSpec("held_gate", "", "File at whose absence matches end; <file>.reached tells of waiting."),
+        ParameterSpec("held_load", "", "The same for loading; a text in it is what loading then fails with."),
     )
 
     def __init__(self, options):
         super().__init__({**options, "dis_preset": "ultrafast"})
-        self._gate, self._reached = Path(options["held_gate"]), Path(options["held_gate"] + ".reached")
+        self._gate = options["held_gate"]
+        load = Path(options["held_load"])
+        failure = load.read_text() if load.is_file() else ""
+        self._wait(options["held_load"])
+        if failure:
+            raise RuntimeError(failure)
 
     def match(self, prev, next):
-        while self._gate.is_file():
-            self._reached.touch()
-            time.sleep(0.01)
+        self._wait(self._gate)
         return super().match(prev, next)
+
+    def _wait(self, gate):
+        while Path(gate).is_file():
+            Path(gate + ".reached").touch()
+            time.sleep(0.01)
 
 
 class CountingEstimator(DisEstimator):
