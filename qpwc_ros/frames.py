@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qpwc_ros.faults import let_ctrl_c_pass, one_line
-from qpwc_ros.plugins.base import Estimator
+from qpwc_ros.plugins.base import Estimator, flow_fault
 
 
 class EstimatorFailure(Exception):
@@ -157,8 +157,6 @@ class FramePair:
             self.infer_seconds += time.monotonic() - start
         if not self.awaited():
             raise Abandoned
-        expected = (*first.rgb.shape[:2], 2)
-        if not isinstance(flow, np.ndarray) or flow.shape != expected or flow.dtype != np.float32:
-            what = f"{flow.dtype} {flow.shape}" if isinstance(flow, np.ndarray) else type(flow).__name__
-            raise EstimatorFailure(f"the estimator returned {what} instead of float32 {expected}")
+        if fault := flow_fault(flow, first.rgb.shape):
+            raise EstimatorFailure(fault)
         return flow

@@ -97,12 +97,13 @@ def write_bag(
     with_imu: bool = False,
     compression: CompressionMode | None = None,
     start: int = START,
+    recorded: list[int] | None = None,
 ) -> list[int]:
     """Write a bag with the frames on every topic, and camera info beside them; returns the stamps (ns).
 
-    `stamps` are the header stamps; the time of recording always counts up by 1/`rate`.
+    `stamps` are the header stamps; the time of recording counts up by 1/`rate`, unless it is given.
     """
-    recorded = [start + round(k * 1e9 / rate) for k in range(len(frames))]
+    recorded = recorded or [start + round(k * 1e9 / rate) for k in range(len(frames))]
     stamps = recorded if stamps is None else stamps
     kind, make = (COMPRESSED_IMAGE, compressed_image) if compressed else (IMAGE, image)
     writer = Writer(path, version=9, storage_plugin=STORAGE[storage])

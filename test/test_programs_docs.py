@@ -257,7 +257,8 @@ def inputs(tmp_path_factory, small) -> Path:
     for path in (folder / "config/networks").glob("*.yaml"):  # what is different there does not fit a single level
         path.write_text("base: qpwc_fast\nmatch_channels: 5\n")
     (folder / "out/flow").mkdir()
-    np.save(folder / "out/flow/synthetic_000.npy", np.zeros((64, 64, 2), np.float32))
+    for data in ("synthetic", "crowded"):
+        np.save(folder / f"out/flow/{data}_000.npy", np.zeros((64, 64, 2), np.float32))
     for name in ("pretrained", "scratch"):
         run = folder / "out/train" / name
         run.mkdir(parents=True)

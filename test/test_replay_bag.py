@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+import sqlite3
+import tempfile
+
 import numpy as np
 import pytest
 from replay_bags import START, STORE, moving_frames, write_bag, write_ros1_bag
@@ -239,6 +244,118 @@ def test_frames_whose_stamps_do_not_increase_are_left_out(tmp_path):
     with Bag(tmp_path / "bag") as bag:
         assert [frame.stamp for frame in bag.frames()] == [start, start + 5, start + 9]
         assert bag.skipped == 2
+
+
+HOUR = 3600 * 10**9
+
+
+@pytest.mark.parametrize(
+    "wrong, lost",
+    [({0}, {0}), ({4}, {4}), ({4, 6}, {4, 6}), ({9}, set())],
+    ids=["the first", "one", "two", "the last, which may be right"],
+)
+def test_frame_whose_stamp_leaps_ahead_costs_no_other(tmp_path, wrong, lost):
+    good = [START + k * 10**8 for k in range(10)]
+    given = [stamp + (k in wrong) * HOUR * (k + 1) for k, stamp in enumerate(good)]
+    write_bag(tmp_path / "bag", moving_frames(10, 1, 0, 32, 32), stamps=given)
+    with Bag(tmp_path / "bag") as bag:
+        assert [frame.stamp for frame in bag.frames()] == [given[k] for k in range(10) if k not in lost]
+        assert bag.skipped == len(lost)
+
+
+def test_stamps_that_leap_with_the_time_of_recording_or_for_good_are_right(tmp_path):
+    # A gap in the recording; and a camera that is told the time after a while.
+    lapse = write_bag(tmp_path / "lapse", moving_frames(5, 1, 0, 32, 32), rate=1 / 3600)
+    told = [10**9 * (k + 1) if k < 3 else START + k * 10**8 for k in range(8)]
+    write_bag(tmp_path / "told", moving_frames(8, 1, 0, 32, 32), stamps=told)
+    for name, stamps in (("lapse", lapse), ("told", told)):
+        with Bag(tmp_path / name) as bag:
+            assert [frame.stamp for frame in bag.frames()] == stamps and bag.skipped == 0
+
+
+def test_a_clock_that_is_set_back_is_told_with_what_it_costs(tmp_path):
+    given = [START + k * 10**8 + (k < 4) * HOUR for k in range(10)]
+    write_bag(tmp_path / "bag", moving_frames(10, 1, 0, 32, 32), stamps=given)
+    read = []
+    with Bag(tmp_path / "bag") as bag, pytest.raises(BagError, match="set back: 6 of 10 frames .* not evaluated"):
+        for frame in bag.frames():
+            read.append(frame.stamp)
+    assert read == given[:4]
+
+
+def test_one_stamp_far_behind_is_only_that_frame(tmp_path):
+    given = [START + k * 10**8 - (k == 4) * HOUR for k in range(8)]
+    write_bag(tmp_path / "bag", moving_frames(8, 1, 0, 32, 32), stamps=given)
+    with Bag(tmp_path / "bag") as bag:
+        assert [frame.stamp for frame in bag.frames()] == given[:4] + given[5:]
+        assert bag.skipped == 1
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """A recording in SQLite's write-ahead log, as a killed recorder leaves it, with its metadata; and the stamps."""
+    stamps = write_bag(tmp_path / "whole", moving_frames(12, 1, 0), storage="sqlite3")
+    data = tmp_path / "whole" / "whole.db3"
+    connection = sqlite3.connect(data, isolation_level=None)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA wal_autocheckpoint=0")
+    late = connection.execute("SELECT * FROM messages WHERE id > 12").fetchall()
+    connection.execute("DELETE FROM messages WHERE id > 12")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.executemany("INSERT INTO messages VALUES (?, ?, ?, ?)", late)
+    bag = tmp_path / "whole_killed"
+    bag.mkdir()
+    for path in data.parent.iterdir():  # before SQLite tidies up
+        shutil.copy(path, bag)
+    connection.close()
+    assert (bag / "whole.db3-wal").stat().st_size > 0
+    return bag, stamps
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where temporary files go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "temporary"
+
+
+@pytest.mark.parametrize("given", ["directory", "without metadata", "file", "damaged"])
+def test_what_is_in_a_write_ahead_log_is_read_too(killed, temporary, given):
+    bag, stamps = killed
+    if given != "directory":
+        (bag / "metadata.yaml").unlink()
+    if given == "damaged":  # past the first pages, so that it is read without an index
+        content = bytearray((bag / "whole.db3").read_bytes())
+        content[-40 * 4096 :: 4096] = bytes(len(content[-40 * 4096 :: 4096]))
+        (bag / "whole.db3").write_bytes(content)
+    before = {path.name: path.read_bytes() for path in bag.iterdir()}
+    read = []
+    with Bag(bag / "whole.db3" if given == "file" else bag) as opened:
+        try:
+            for frame in opened.frames():
+                read.append(frame.stamp)
+        except BagError as error:
+            assert given == "damaged" and str(temporary) not in str(error)
+    assert read == stamps if given != "damaged" else read[-6:] == stamps[-6:]
+    assert {path.name: path.read_bytes() for path in bag.iterdir()} == before
+    assert list(temporary.iterdir()) == []
+
+
+def test_file_that_its_write_ahead_log_cannot_mend_is_one_line(killed, temporary):
+    bag, _ = killed
+    (bag / "whole.db3").write_bytes(b"not SQLite's" * 1000)
+    assert "cannot be read: whole.db3-wal: cannot be used (" in refusal(bag)
+    assert list(temporary.iterdir()) == []
+
+
+def test_no_room_for_the_copy_that_a_write_ahead_log_needs(killed, temporary, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert f"in {temporary}: No space left on device" in refusal(killed[0])
+    assert list(temporary.iterdir()) == []
 
 
 def test_frames_without_stamps_get_the_time_of_recording(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from killed import kill
-from replay_bags import moving_frames, run_replay, write_bag
+from replay_bags import START, moving_frames, run_replay, write_bag
 
 pytest.importorskip("rclpy")
 
@@ -31,6 +31,7 @@ from qpwc_ros.replay.results import (  # noqa: E402
     ResultsWriter,
     read_pairs,
 )
+from qpwc_ros.replay.single import MOST_GAP_LIVE_NS  # noqa: E402
 from qpwc_ros.shared_memory import segments  # noqa: E402
 
 pytestmark = pytest.mark.live
@@ -132,6 +133,44 @@ def test_a_running_node_gives_the_flow_of_the_offline_run(offline, tmp_path, mon
     assert len(expected) == 6 and len(found) >= 3  # a machine that stalls for a while drops some
     for stamps, flow in found.items():
         np.testing.assert_array_equal(flow, expected[stamps])
+
+
+def test_a_running_node_need_not_have_every_output(tmp_path, monkeypatch):
+    settings = environment()
+    for name in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE"):
+        monkeypatch.setenv(name, settings.setdefault(name, "LOCALHOST"))
+    write_bag(tmp_path / "bag", moving_frames(9, DX, DY), rate=2.5)
+    arguments = ["-p", "estimator:=dis", "-p", "outputs:=[flow,color]", "-p", "max_interval:=5.0"]
+    node = NodeProcess("/robot", arguments, tmp_path / "node.log")
+    try:
+        done = replay(tmp_path / "bag", "--node", "robot/flow", "--report", tmp_path / "out")
+        node.check()
+    finally:
+        node.stop()
+    assert done.returncode == 0, done.stderr
+    missing = "/robot/flow/flow/interval, /robot/flow/interpolated"
+    assert f"qpwc: note: /robot/flow does not publish {missing}\n" in done.stderr
+    messages = list(read_pairs(tmp_path / "out" / "results", 10**10))
+    assert sum(pair.answer().flow is not None for pair in messages) >= 2
+
+
+def test_a_recording_that_begins_in_1970_is_played_at_once(tmp_path):
+    """As of a computer that has no clock of its own and is told the time after a while."""
+    stamps = [10**9 + k * 10**8 if k < 4 else START + k * 10**8 for k in range(16)]
+    write_bag(tmp_path / "bag", moving_frames(16, DX, DY), stamps=stamps, recorded=stamps)
+    done = replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["notes"] == ["a gap of 1599999999 s was not waited for"]
+    assert metrics["summary"]["pairs_in"] == 1 + 5 and metrics["summary"]["flows_out"] >= 2
+    assert 1 < metrics["summary"]["seconds"] < 20
+
+
+def test_the_longest_interval_is_the_nodes():
+    from qpwc_ros.nodes.flow import PARAMETERS
+
+    (longest,) = (spec.maximum for spec in PARAMETERS if spec.name == "max_interval")
+    assert MOST_GAP_LIVE_NS == longest * 10**9
 
 
 def test_ros_itself_reads_the_results(offline):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import html.parser
 import itertools
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -27,6 +29,7 @@ from replay_bags import moving_frames, write_bag
 from replay_bags import run_replay as replay
 
 from qpwc_core.errors import FormatError, QpwcError
+from qpwc_ros.plugins.builtin import ENTRY_POINTS, ESTIMATORS
 from qpwc_ros.plugins.estimators import DisEstimator
 from qpwc_ros.replay import command, evaluate, pictures
 from qpwc_ros.replay.bag import Bag
@@ -401,6 +404,90 @@ def test_frame_that_an_estimator_cannot_take_is_left_out(tmp_path, monkeypatch, 
     assert counts["/image"] == 6 and counts["/flow/flow"] == counts["/farneback/flow"] == 3
 
 
+class Wrong(DisEstimator):
+    """DIS that does wrong where `wrong` has a function for it."""
+
+    wrong: ClassVar[dict] = {}
+
+    def __init__(self, options):
+        super().__init__({**options, "dis_preset": "fast"})
+        self.wrong.get("loads", lambda: None)()
+
+    def warm_up(self):
+        self.wrong.get("warms up", lambda: None)()
+
+    def encode(self, image):
+        self.wrong.get("encodes", lambda: None)()
+        return super().encode(image)
+
+    def match(self, prev, next):
+        return self.wrong.get("matches", lambda flow: flow)(super().match(prev, next))
+
+
+def raises(error: BaseException):
+    def function(*_):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "where, wrong, why",
+    [
+        ("loads", raises(RuntimeError("no\nlicence")), "RuntimeError: no licence"),
+        ("loads", raises(SystemExit("no licence")), "SystemExit: no licence"),
+        ("warms up", raises(ValueError("too odd")), "ValueError: too odd"),
+        ("encodes", raises(KeyError("grey")), "KeyError: 'grey'"),
+        ("matches", raises(SystemExit(3)), "SystemExit: 3"),
+        ("matches", lambda flow: None, "the estimator returned NoneType instead of float32 (72, 96, 2)"),
+        (
+            "matches",
+            lambda flow: flow.astype(float),
+            "the estimator returned float64 (72, 96, 2) instead of float32 (72, 96, 2)",
+        ),
+        (
+            "matches",
+            lambda flow: flow[:-1],
+            "the estimator returned float32 (71, 96, 2) instead of float32 (72, 96, 2)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("role", ["--estimator", "--compare"])
+def test_estimator_that_does_wrong_is_one_line(tmp_path, monkeypatch, role, where, wrong, why):
+    monkeypatch.setitem(ENTRY_POINTS[ESTIMATORS], "wrong", f"{__name__}:Wrong")
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 72, 96))
+    given = (tmp_path / "bag", "--report", tmp_path / "out", *(("--estimator", "dis") * (role == "--compare")))
+    assert replay(*given, role, "wrong") == 0
+    before = listing(tmp_path / "out")
+    monkeypatch.setattr(Wrong, "wrong", {where: wrong})
+    with pytest.raises(QpwcError) as caught:
+        replay(*given, role, "wrong")
+    assert str(caught.value) == f"estimator wrong: {why}"
+    assert listing(tmp_path / "out") == before and sorted(p.name for p in tmp_path.iterdir()) == ["bag", "out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(128 + signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
+def test_signals_end_the_program_also_within_an_estimator(tmp_path, monkeypatch, error):
+    monkeypatch.setitem(ENTRY_POINTS[ESTIMATORS], "wrong", f"{__name__}:Wrong")
+    monkeypatch.setattr(Wrong, "wrong", {"warms up": raises(error)})
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 72, 96))
+    with pytest.raises(type(error)):
+        replay(tmp_path / "bag", "--estimator", "wrong", "--report", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["bag"]
+
+
+def test_a_clock_set_back_and_a_leap_are_told(tmp_path, capsys):
+    hour = 3600 * 10**9
+    stamps = [replay_bags.START + k * 10**8 + ((k == 3) + (k < 8)) * hour for k in range(12)]
+    write_bag(tmp_path / "bag", moving_frames(12, 1, 0, 72, 96), stamps=stamps)
+    out = tmp_path / "out"
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--all-frames", "--report", out) == 1
+    note, error = lines_of(capsys)
+    assert note == "qpwc: note: 5 frames were left out, as the stamps did not increase"
+    assert "set back: 4 of 12 frames" in error and error.endswith("; the report is about what came before")
+    assert json.loads((out / "metrics.json").read_text())["summary"]["flows_out"] == 6
+
+
 @pytest.mark.parametrize("rate, shown", [(1 / 3600, 1), (1e6, 120)], ids=["time-lapse", "very fast"])
 def test_video_of_a_rate_that_no_codec_takes(tmp_path, rate, shown):
     write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 72, 96), rate=rate)
@@ -494,6 +581,50 @@ def test_what_comes_there_during_the_work_stays_and_so_does_the_work(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-2"]
 
 
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_is_followed(tmp_path, dangling):
+    (tmp_path / "link").symlink_to("disk/out")
+    if not dangling:
+        (tmp_path / "disk" / "out").mkdir(parents=True)
+    with replaced_directory(tmp_path / "link") as directory:
+        (directory / "report.html").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "out" / "report.html").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_what_cannot_be_moved_is_told_before_the_work(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for target, why in (("/proc", "a mount point"), (tmp_path / "loop", "no replay report, but a file")):
+        with pytest.raises(OutputError, match=why):
+            with replaced_directory(Path(target)):
+                pytest.fail("the work was begun")
+    assert [p.name for p in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize("step", ["the earlier report", "the new report"])
+def test_a_report_that_cannot_take_its_place_is_kept(report, tmp_path, monkeypatch, step):
+    out = tmp_path / "out"
+    shutil.copytree(report, out)
+    before = listing(out)
+    rename = Path.rename
+
+    def busy(self, target):
+        if self == out if step == "the earlier report" else ".partial" in self.name and target == out:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    words = "out: cannot be replaced: Device or resource busy; the new report is .*out-2$"
+    with pytest.raises(OutputError, match=words):
+        with replaced_directory(out) as directory:
+            (directory / "report.html").write_text("new")
+    assert listing(out) == before
+    assert (tmp_path / "out-2" / "report.html").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-2"]
+
+
 def test_report_of_a_comparison_is_replaced(tmp_path):
     write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 72, 96))
     out = tmp_path / "out"
@@ -518,6 +649,24 @@ def only_line(done: subprocess.CompletedProcess, code: int = 1) -> str:
     assert done.returncode == code, done.stderr
     assert len(lines) == 1 and lines[0].startswith("qpwc: error: "), done.stderr
     return lines[0]
+
+
+def test_reader_that_has_gone_is_no_error(bag, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    arguments = ("replay", str(bag), "--estimator", "dis", "--report", str(tmp_path / "out"))
+    done = subprocess.run(
+        [sys.executable, "-m", "qpwc_core.cli", *arguments],
+        env=environment,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writing)
+    assert done.returncode == 1 and "error" not in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_full_disk_is_one_line_and_keeps_the_earlier_report(bag, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import struct
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from rosbags.typesys import Stores, get_typestore
 
 from qpwc_core.errors import QpwcError
 from qpwc_ros.replay.salvage import DATA_SUFFIXES, ZSTD_SUFFIXES, Message, Salvage, Stream
+from qpwc_ros.replay.write_ahead import with_logs_merged
 
 IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
@@ -22,6 +24,10 @@ CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 NS = 10**9
 #: From here on, in ns, a builtin_interfaces/Time cannot say it: its seconds have 32 bits, one of them the sign.
 END_NS = 2**31 * NS
+#: A stamp that leaps ahead of the time of recording by more than this, in ns, and back with the next frame, is wrong;
+#: where several in a row are behind by as much, the clock was set back. Queues, a driver's hiccups and clocks that
+#: drift or are slewed do not make as much.
+LEAP_NS = 10 * NS
 
 
 class BagError(QpwcError):
@@ -108,10 +114,12 @@ class Bag:
     Attributes:
         topic, message_type: of the images.
         count: how many images the bag says it has.
-        skipped: frames left out so far because their stamps did not increase.
+        skipped: frames left out so far because of their stamps: not later than one before, or far ahead of those
+            that follow.
 
     Raises:
-        BagError: there is no readable bag, or it has no, or several, or no such image topics.
+        BagError: there is no readable bag, it has no, or several, or no such image topics, or there is no room for
+            the copy that a part of it in a write-ahead log needs.
     """
 
     def __init__(
@@ -125,14 +133,16 @@ class Bag:
         self._no_cameras = frozenset(no_cameras)
         self.path = Path(path)
         self.skipped = 0
-        self._files = data_files(self.path)
-        self._damage: str | None = None  # why the index cannot be used
+        self._stack = contextlib.ExitStack()
+        readable, losses = self._merged()
+        self._files = data_files(readable)
+        self._damage: str | None = losses[0] if losses else None  # why the index cannot be used
         try:
             # A directory without metadata.yaml is what a killed recorder leaves.
             whole = self.path.is_file() or (self.path / "metadata.yaml").is_file()
-            self._source: _Indexed | Salvage = _Indexed([self.path] if whole else self._files)
+            self._source: _Indexed | Salvage = _Indexed([readable] if whole else self._files)
         except Exception as error:  # what a damaged file makes the parsers raise is open-ended
-            self._damage = reason(error)
+            self._damage = self._damage or reason(error).replace(str(readable), str(self.path))
             self._source = Salvage(self._files)
             if not self._source.streams:
                 self.close()
@@ -155,6 +165,19 @@ class Bag:
     def close(self) -> None:
         """Close the files; harmless when closed already."""
         self._source.close()
+        self._stack.close()
+
+    def _merged(self) -> tuple[Path, list[str]]:
+        """Where to read, and what is lost there; see with_logs_merged."""
+        files = data_files(self.path)
+        try:
+            return with_logs_merged(self.path, files, self._stack)
+        except OSError as error:
+            self._stack.close()
+            why = error.strerror or error
+            raise BagError(
+                f"{self.path}: no copy of it with its write-ahead log can be made in {tempfile.gettempdir()}: {why}"
+            ) from error
 
     @property
     def compressed(self) -> bool:
@@ -202,12 +225,51 @@ class Bag:
     def frames(self) -> Iterator[Frame]:
         """Yield the frames in the order of recording, with strictly increasing stamps.
 
+        A single frame that is far ahead of those after it is left out, as otherwise they would be.
+
         Raises:
-            BagError: the bag is damaged; what was yielded before is good, and all that could be read.
+            BagError: the bag is damaged, or the clock of the stamps was set back; what was yielded before is good, and
+                all that could be read.
         """
+        last: tuple[int, int] | None = None  # stamp and time of recording of the frame yielded last
+        ahead: tuple[Frame, int] | None = None  # one that may be a leap, which the next one tells
+        done = behind = in_a_row = 0
+        for recovering, frame, recorded in self._stamped():
+            if last is not None and frame.stamp <= last[0]:
+                self.skipped += not recovering
+                in_a_row = in_a_row + 1 if frame.stamp < last[0] - LEAP_NS and not recovering else 0
+                if in_a_row > 1:  # one alone is a slip
+                    behind += 2 if in_a_row == 2 else 1
+                continue
+            in_a_row = 0
+            if ahead is not None and frame.stamp > ahead[0].stamp:
+                last, done = (ahead[0].stamp, ahead[1]), done + 1
+                yield ahead[0]
+                ahead = None
+            elif ahead is not None:
+                self.skipped += not recovering
+                if last is None and frame.stamp >= ahead[0].stamp - LEAP_NS:
+                    continue
+                ahead = None
+            if last is None or _leaps(frame.stamp - last[0], recorded - last[1]):
+                ahead = frame, recorded
+                continue
+            last, done = (frame.stamp, recorded), done + 1
+            yield frame
+        if ahead is not None:
+            done += 1
+            yield ahead[0]
+        if self._damage:
+            raise BagError(self._lost(done))
+        if behind:
+            raise BagError(
+                f"{self.path}: the clock of its stamps was set back: {behind} of {self.count} frames are earlier than "
+                "those before them and were not evaluated"
+            )
+
+    def _stamped(self) -> Iterator[tuple[bool, Frame, int]]:
+        """All frames that can be understood, as (whether they may have come before, frame, time of recording in ns)."""
         info: bytes | None = None
-        last = -1
-        done = 0
         recovering = False  # reading again from the front: what was yielded already comes once more
         topics = {self.topic} | ({self._info_topic} if self._info_topic else set())
         for again, msgtype, recorded, raw in self._robust(topics):
@@ -228,16 +290,9 @@ class Bag:
             if stamp >= END_NS:
                 self._damage = self._damage or f"a frame is of {stamp // NS} s, later than ROS can say (2038)"
                 continue
-            if stamp <= last:
-                self.skipped += not recovering
-                continue
             if not given:
                 raw = restamp(raw, recorded)
-            last = stamp
-            done += 1
-            yield Frame(stamp, bytes(raw), message, info)
-        if self._damage:
-            raise BagError(self._lost(done))
+            yield recovering, Frame(stamp, bytes(raw), message, info), recorded
 
     def messages(self, topics: Mapping[str, str]) -> Iterator[object]:
         """Yield the deserialized messages of some topics, {topic: type}, in the order of recording."""
@@ -275,6 +330,11 @@ class Bag:
         count = max(self.count, _recorded(self.path).get(self.topic, 0))
         of = f" of {count}" if count > done else ""
         return f"{self.path}: damaged: {done}{of} frames could be read; {shown}{more}"
+
+
+def _leaps(stamps: int, recorded: int) -> bool:
+    """Whether stamps advanced (ns) by far more than the time of recording did between the same two frames."""
+    return stamps > max(0, recorded) + LEAP_NS
 
 
 def data_files(path: Path) -> list[Path]:

@@ -178,6 +178,8 @@ def run(args: argparse.Namespace) -> int:
         if extra:
             raise QpwcError(f"replay needs {error.name}: pip install '.[{extra}]' in this project's directory") from error
         raise
+    except BrokenPipeError:  # the reader of our output has gone, which is no trouble with the report
+        raise
     except OSError as error:
         if error.filename is None:  # as of a full disk: say what could not be written
             raise QpwcError(f"{_target(args)}: {error.strerror or error}") from error
@@ -252,11 +254,16 @@ def _options(args: argparse.Namespace) -> Options:
         depth_truth=depth,
         rate=args.rate,
         sim_time=args.use_sim_time,
-        node=args.node,
-        image_topic=args.image_topic,
+        node=_absolute(args.node),
+        image_topic=_absolute(args.image_topic),
         confidence=args.confidence,
         command=shlex.join(["qpwc", *_given_arguments()]),
     )
+
+
+def _absolute(name: str | None) -> str | None:
+    """A node's or topic's name from the root, where this command has its place too."""
+    return name and f"/{name.lstrip('/')}"
 
 
 def exit_code(outcome: Outcome) -> int:

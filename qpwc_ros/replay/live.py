@@ -44,6 +44,8 @@ MODEL_FACTS = ("model", "precision", "network_input", "refined", "threads")
 START_SECONDS = 60.0
 QUIET_SECONDS = 2.0
 STOP_SECONDS = 5.0
+# How much longer the outputs may take to be found that a node in use may have been told to do without.
+OTHERS_SECONDS = 2.0
 # Messages waiting for the disk. At 640x480 they are 2.5 MB at most, so this bounds memory at about 60 MB.
 QUEUE_LENGTH = 24
 # Held-back frames that wait for the in-between frame of their time, which does not come where a pair is dropped.
@@ -51,6 +53,8 @@ WAITING_LENGTH = 8
 # The recording's clock, as simulations and `ros2 bag play --clock` publish it. Seconds between two messages.
 CLOCK = "/clock"
 CLOCK_PERIOD = 0.02
+# A longer gap, in ns, is not waited for: a recorder without a clock of its own begins in 1970 and leaps to today.
+LONGEST_GAP = 3600 * NS
 
 
 class LiveError(QpwcError):
@@ -248,13 +252,14 @@ class _Link:
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._node.create_timer(CLOCK_PERIOD, self._publish_clock, clock=steady)
         classes = {IMAGE: Image, TIME_REFERENCE: TimeReference}
-        self._wanted = []
+        self.flow = node + FLOW.removeprefix("/flow")
+        self._others = []
         for topic, message_type in OUTPUT_TYPES.items():
             if topic == CONFIDENCE and not confidence:
                 continue
             name = node + topic.removeprefix("/flow")
-            if topic != CONFIDENCE:  # a node may have been told to do without
-                self._wanted.append(name)
+            if topic != FLOW:
+                self._others.append(name)
             self._subscribe(classes[message_type], name, topic, qos, receive)
         self._subscribe(DiagnosticArray, "/diagnostics", DIAGNOSTICS, qos, receive)
         self._executor = SingleThreadedExecutor(context=self._context)
@@ -276,11 +281,13 @@ class _Link:
             while not self._stop.is_set():
                 self._executor.spin_once(timeout_sec=0.1)
 
-    def ready(self) -> bool:
-        """Whether the node listens to our frames and we to all that it publishes."""
-        return self._images.get_subscription_count() > 0 and all(
-            self._node.count_publishers(topic) > 0 for topic in self._wanted
-        )
+    def listens(self) -> bool:
+        """Whether the node listens to our frames."""
+        return self._images.get_subscription_count() > 0
+
+    def missing(self) -> list[str]:
+        """The topics that the node does not publish, the flow's first."""
+        return [topic for topic in (self.flow, *self._others) if self._node.count_publishers(topic) == 0]
 
     def start_clock(self, clock: _PlayedClock) -> bool:
         """Publish the recording's time from now on; False, and nothing, if another node publishes one."""
@@ -437,7 +444,7 @@ def run_live(
     run = Run("live", max_interval)
     recorder = _Recorder(writer)
     # A pair reaches over two of the bag's intervals where a frame is held back between.
-    waiting = HeldBack(writer, round(TIME_TOLERANCE * 2 * bag.interval))
+    waiting = HeldBack(writer, round(TIME_TOLERANCE * min(2 * bag.interval, max_interval)))
     answers = _Answers(node_name, run, recorder, writer, waiting)
     with contextlib.ExitStack() as stack:
         stack.callback(recorder.finish)
@@ -457,7 +464,7 @@ def run_live(
         energy = Energy()
         cpu_before = None
         try:
-            _await_node(link, process, answers, node_name, image_topic)
+            _await_node(link, process, answers, node_name, image_topic, run.notes)
             energy.since_last()
             cpu_before = cpu_seconds(process.pid) if process is not None else None
             _play(bag, link, process, run, answers, recorder, writer, waiting, hold_back, rate, progress)
@@ -481,17 +488,36 @@ def run_live(
 
 
 def _await_node(
-    link: _Link, process: NodeProcess | None, answers: _Answers, node_name: str, image_topic: str
+    link: _Link,
+    process: NodeProcess | None,
+    answers: _Answers,
+    node_name: str,
+    image_topic: str,
+    notes: list[str],
 ) -> None:
+    """Return when the node listens and publishes; one that is not ours need not publish more than the flow."""
     deadline = time.monotonic() + START_SECONDS
-    while not link.ready():
+    flowing: float | None = None
+    while True:
+        listens, missing = link.listens(), link.missing()
+        if listens and not missing:
+            return
+        now = time.monotonic()
+        if process is None and listens and link.flow not in missing:
+            flowing = now if flowing is None else flowing
+            if now - flowing > OTHERS_SECONDS:
+                notes.append(f"{node_name} does not publish {', '.join(missing)}")
+                return
         if process is not None:
             process.check()
         if answers.failure is not None:
             raise LiveError(f"the node cannot start: {answers.failure}")
-        if time.monotonic() > deadline:
+        if now > deadline:
             said = f"; it last said: {process.last_line()}" if process is not None else ""
-            raise LiveError(f"no node {node_name} listens on {image_topic} after {START_SECONDS:.0f} s{said}")
+            after = f"after {START_SECONDS:.0f} s{said}"
+            if listens:
+                raise LiveError(f"no node {node_name} publishes {', '.join(missing)} {after}")
+            raise LiveError(f"no node {node_name} listens on {image_topic} {after}")
         time.sleep(0.05)
 
 
@@ -510,11 +536,15 @@ def _play(
 ) -> None:
     """Publish each frame when it is due."""
     clock: _PlayedClock | None = None
+    previous: int | None = None
     for index, frame in enumerate(bag.frames()):
-        if clock is None:
+        if previous is None or frame.stamp - previous > LONGEST_GAP:
             clock = _PlayedClock(time.monotonic(), frame.stamp, rate)
-            if not link.start_clock(clock):
+            if not link.start_clock(clock) and previous is None:
                 run.notes.append(f"{CLOCK} was left to another node that publishes it")
+            if previous is not None:
+                run.notes.append(f"a gap of {(frame.stamp - previous) / NS:.0f} s was not waited for")
+        previous = frame.stamp
         time.sleep(max(0.0, clock.delay(frame.stamp)))
         if is_held_back(index, hold_back):
             run.held_back += 1

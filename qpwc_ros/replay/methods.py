@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +23,21 @@ from qpwc_core.runtime.models import (
     PRECISIONS,
     default_model,
 )
+from qpwc_ros.faults import let_ctrl_c_pass, one_line
 from qpwc_ros.replay.run import SUBJECT
 
+# What decoders and estimators raise at an image that they cannot take: ImageError is a ValueError, and so is what
+# the networks say of one that is too small.
+UNUSABLE = (ValueError, RuntimeError, cv2.error)
 FARNEBACK = "farneback"
 TFLITE = "tflite"
+_SIGNALLED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGHUP))
 # Names that mean something else in the results bag.
 _RESERVED = (SUBJECT, "image", "held_back")
+
+
+class EstimatorError(QpwcError):
+    """An estimator does not load, fails, or returns something that is no flow; one line that names it."""
 
 
 class Estimator(Protocol):
@@ -36,6 +48,62 @@ class Estimator(Protocol):
 
     def match(self, prev: Any, next: Any) -> np.ndarray:
         """Flow between two images' features, float32 (H,W,2)."""
+
+
+class Checked:
+    """An estimator of anybody's, of which nothing comes out but flow and the errors told here.
+
+    Args:
+        estimator: the estimator; name: what to call it.
+    """
+
+    def __init__(self, estimator: Estimator, name: str) -> None:
+        self._estimator = estimator
+        self._name = name
+
+    def encode(self, image: np.ndarray) -> Any:
+        """See Estimator.
+
+        Raises:
+            EstimatorError: it failed.
+            UNUSABLE: it cannot take this image.
+        """
+        with _told(self._name, UNUSABLE):
+            return image.shape, self._estimator.encode(image)
+
+    def match(self, prev: Any, next: Any) -> np.ndarray:
+        """See Estimator and encode."""
+        from qpwc_ros.plugins.base import flow_fault
+
+        shape, features = prev
+        with _told(self._name, UNUSABLE):
+            flow = self._estimator.match(features, next[1])
+        if fault := flow_fault(flow, shape):
+            raise EstimatorError(f"estimator {self._name}: {fault}")
+        return flow
+
+    def describe(self) -> dict[str, str]:
+        """See plugins.base.Estimator."""
+        return self._estimator.describe()
+
+
+@contextlib.contextmanager
+def _told(name: str, passed: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Make one line of whatever an estimator's code raises, be it SystemExit, but for what is `passed`.
+
+    Raises:
+        EstimatorError: it raised.
+    """
+    try:
+        yield
+    except (QpwcError, *passed):
+        raise
+    except BaseException as error:
+        let_ctrl_c_pass(error)
+        # The program itself ends with this at a signal, wherever it is at that moment.
+        if isinstance(error, SystemExit) and error.code in _SIGNALLED:
+            raise
+        raise EstimatorError(f"estimator {name}: {one_line(error)}") from error
 
 
 class Farneback:
@@ -149,7 +217,7 @@ def load(spec: MethodSpec) -> Estimator:
     """The estimator of a method, warmed up.
 
     Raises:
-        QpwcError: it is unknown or cannot be loaded.
+        QpwcError: it is unknown or cannot be loaded, whatever it raised.
     """
     from qpwc_ros.plugins import registry
     from qpwc_ros.plugins.base import Estimator as Plugin
@@ -168,6 +236,7 @@ def load(spec: MethodSpec) -> Estimator:
         "refine": spec.refine,
         "enlarge": spec.enlarge,
     }
-    estimator = kind({**options, **{parameter.name: parameter.default for parameter in kind.parameters}})
-    estimator.warm_up()
-    return estimator
+    with _told(spec.estimator):
+        estimator = kind({**options, **{parameter.name: parameter.default for parameter in kind.parameters}})
+        estimator.warm_up()
+    return Checked(estimator, spec.estimator)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 
 from qpwc_core.flow_color import flow_to_color
@@ -16,14 +15,10 @@ from qpwc_core.runtime.synthesis import synthesize
 from qpwc_ros.replay.bag import Bag, BagError, Frame, reason
 from qpwc_ros.replay.decode import pixels
 from qpwc_ros.replay.interrupt import postponed_interrupt
-from qpwc_ros.replay.methods import Estimator
+from qpwc_ros.replay.methods import UNUSABLE, Estimator
 from qpwc_ros.replay.resources import Meter, peak_rss_mb
 from qpwc_ros.replay.results import ResultsWriter, Topics, write_error
 from qpwc_ros.replay.run import SUBJECT, MethodRun, Progress, Run, is_held_back
-
-# What decoders and estimators raise at an image that they cannot take: ImageError is a ValueError, and so is what
-# the networks say of one that is too small.
-_UNUSABLE = (ValueError, RuntimeError, cv2.error)
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,9 @@ def run_offline(
     held-back frame, or in the middle if none is held back. The estimators `others`, by name, are run on the
     same pairs, one after the other. A frame that cannot be decoded, or that one of the estimators cannot take, is
     left out for all of them, and the run's notes say so.
+
+    Raises:
+        EstimatorError: an estimator failed in another way, or returned something that is no flow.
     """
     estimators = {SUBJECT: estimator, **(others or {})}
     run = Run("offline", max_interval, {name: MethodRun(name) for name in estimators})
@@ -95,7 +93,7 @@ def run_offline(
                     answers = {
                         name: _ask(name, method, meter, previous, image) for name, method in estimators.items()
                     }
-                except _UNUSABLE as error:
+                except UNUSABLE as error:
                     run.leave_out(reason(error))
                     previous, waiting = None, []
                     progress()

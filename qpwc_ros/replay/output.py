@@ -30,14 +30,15 @@ class OutputError(QpwcError):
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Yield an empty directory that takes the place of `target` when the block ends well.
 
-    If it does not, the directory is removed and what was at `target` is as before.
+    If it does not, the directory is removed and what was at `target` is as before. A link is followed, also one to
+    nothing.
 
     Raises:
-        OutputError: there is something at `target` that is not wholly an earlier report, so it is not replaced.
-            If it came there during the block, the new directory is kept beside it.
+        OutputError: what is at `target` is not wholly an earlier report, or cannot be replaced. If that shows only
+            after the block, the new directory is kept beside it.
         OSError: no directory can be made there.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     reason = _reason_to_keep(target)
     if reason:
         raise OutputError(f"{target}: is not replaced: {reason}; choose another --report directory")
@@ -47,23 +48,37 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        reason = _reason_to_keep(target)
-        if reason:
-            beside = _unused(target)
-            temporary.rename(beside)
-            raise OutputError(f"{target}: is not replaced: {reason}; the new report is {beside}")
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _put_in_place(temporary, target)
+
+
+def _put_in_place(new: Path, target: Path) -> None:
+    """Rename a finished directory to `target`, where an earlier report may be.
+
+    Raises:
+        OutputError: it cannot be; what was at `target` is as before, and the new directory beside it.
+    """
+    reason = _reason_to_keep(target)
+    if reason:
+        raise OutputError(f"{target}: is not replaced: {reason}; the new report is {_kept_beside(new, target)}")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
         if target.exists():
             target.rename(old)
+        new.rename(target)
+    except OSError as error:
+        kept = ""
         try:
-            temporary.rename(target)
-        except OSError:
             if old.exists():
                 old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        except OSError:
+            kept = f", the earlier one {old}"
+        beside = _kept_beside(new, target)
+        why = error.strerror or error
+        raise OutputError(f"{target}: cannot be replaced: {why}; the new report is {beside}{kept}") from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_partial(target: Path) -> None:
@@ -72,20 +87,26 @@ def remove_partial(target: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _unused(target: Path) -> Path:
-    """A name beside `target` that nothing has."""
+def _kept_beside(new: Path, target: Path) -> Path:
+    """Where a finished directory is that cannot be at `target`: at a name beside it that nothing has."""
     number = 2
-    while (beside := target.with_name(f"{target.name}-{number}")).exists():
+    while os.path.lexists(beside := target.with_name(f"{target.name}-{number}")):
         number += 1
+    try:
+        new.rename(beside)
+    except OSError:  # whatever keeps names from being changed there, the work is not lost
+        return new
     return beside
 
 
 def _reason_to_keep(target: Path) -> str | None:
     """What is at `target` besides an earlier report; None if nothing, so that it may be replaced."""
-    if not target.exists():
+    if not os.path.lexists(target):
         return None
     if not target.is_dir():
         return "it is no replay report, but a file"
+    if os.path.ismount(target):
+        return "it is a mount point, which stays where it is"
     names = sorted(path.name for path in target.iterdir())
     if not names:
         return None

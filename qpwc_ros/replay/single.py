@@ -23,6 +23,8 @@ from qpwc_ros.replay.truth import NO_TRUTH, Truth, open_truth
 # Frames further apart than this many mean intervals are not paired: the recording has a gap there.
 GAP = 10
 LEAST_GAP_NS = 2 * 10**9
+# The node's parameter max_interval goes no further.
+MOST_GAP_LIVE_NS = 3600 * 10**9
 
 #: Opens a progress bar: (total, unit, description) to a context manager with the function to call at each step.
 Bar = Callable[[int, str, str], contextlib.AbstractContextManager[Callable[[], None]]]
@@ -132,7 +134,8 @@ def replay_bag(path: Path, target: Path, options: Options, bar: Bar = no_bar) ->
             with ResultsWriter(directory / RESULTS) as writer:
                 done = (_live if options.live else _offline)(options, bag, writer, directory, step)
         if bag.skipped:
-            done.notes.append(f"{bag.skipped} frames were left out, their stamps did not increase")
+            frames = "1 frame was" if bag.skipped == 1 else f"{bag.skipped} frames were"
+            done.notes.append(f"{frames} left out, as the stamps did not increase")
         # What took long to compute is not thrown away for one Ctrl-C.
         with postponed_interrupt() as interrupt:
             outcome = _report(options, bag, subject, done, directory, bar)
@@ -245,7 +248,7 @@ def _live(options: Options, bag: Bag, writer: ResultsWriter, directory: Path, st
         running_node=options.node,
         image_topic=options.image_topic,
         hold_back=options.hold_back,
-        max_interval=_max_interval(bag, options.hold_back),
+        max_interval=min(_max_interval(bag, options.hold_back), MOST_GAP_LIVE_NS),
         rate=options.rate,
         confidence=options.confidence,
         progress=step,
