@@ -140,6 +140,8 @@ class VideoWriter:
         if suffix not in _CODECS:
             raise FormatError(f"{path}: a video file ends in {', '.join(VIDEO_SUFFIXES)}, not {suffix!r}")
         _check_name(self.path)
+        # OpenCV counts in thousandths, of which MPEG-4 has 65,535 in a second at most.
+        fps = fps if fps * 1000 <= 65_535 else round(fps, 2)
         self._shape = (size[1], size[0], 3)
         self._even = (size[0] // 2 * 2, size[1] // 2 * 2)
         self._frames = 0

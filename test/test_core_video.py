@@ -60,6 +60,13 @@ def test_mpeg4_is_there_when_asked_for(tmp_path, frames):
     assert len(list(VideoReader(tmp_path / "a.mp4"))) == 5
 
 
+@pytest.mark.parametrize("fps", [59.9401, 119.753, 239.76])
+def test_mpeg4_takes_uneven_frame_rates(tmp_path, frames, fps):
+    write(tmp_path / "a.mp4", frames, fps, codec="mp4v")
+    with VideoReader(tmp_path / "a.mp4") as video:
+        assert video.fps == pytest.approx(fps, abs=0.006)
+
+
 def test_odd_sides_lose_a_pixel(tmp_path, frames):
     write(tmp_path / "a.mp4", [frame[:79, :95] for frame in frames], codec="mp4v")
     with VideoReader(tmp_path / "a.mp4") as video:

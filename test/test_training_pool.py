@@ -18,6 +18,7 @@ from qpwc_core.data.layers import SceneConfig
 from qpwc_core.data.pipeline import PipelineConfig, flow_samples, to_batch
 from qpwc_core.data.render import Sample
 from qpwc_core.data.shared_samples import layout, pack, sample_chunks
+from qpwc_core.geometry import leaves_frame
 
 HEIGHT, WIDTH, CROP = 40, 56, (24, 32)
 SMALL = PipelineConfig(scene=SceneConfig(height=64, width=96), occluded_weight=0.4)
@@ -65,6 +66,24 @@ def test_what_is_drawn_has_the_flow_that_it_shows():
             assert (flow == (dx, dy)).all()
             np.testing.assert_array_equal(next_[y + dy, x + dx], prev[y, x])
     assert len(shifts) > 10 and pool.drawn == 80
+
+
+def test_what_leaves_the_sample_drawn_weighs_as_little_as_what_leaves_the_frame():
+    pytest.importorskip("jax", reason="jax is not installed")
+    from qpwc_core.training.device_pool import DevicePool
+
+    pool = DevicePool(8, 8, HEIGHT, WIDTH, CROP, 16, seed=3, occluded_weight=0.25)
+    chunk = shifted_samples(np.random.default_rng(0), 8)
+    chunk["flow"][:] = (5, -3)
+    chunk["weight"][4:] = 0  # unknown stays unknown
+    pool.add(chunk)
+    batch = {name: np.asarray(value) for name, value in pool.draw().items()}
+    known = 0
+    for flow, weight in zip(batch["flow"], batch["valid"][..., 0]):
+        known += (weight > 0).all()
+        expected = np.where(leaves_frame(flow), 0.25, 1.0)
+        assert not weight.any() or (weight == expected).all() and expected.min() == 0.25
+    assert 0 < known < 16
 
 
 def test_one_sample_is_drawn_in_many_ways():

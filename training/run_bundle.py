@@ -162,7 +162,7 @@ def _batches(
     crop = (pipeline.scene.height, pipeline.scene.width)
     size = tuple(side + args.pool_margin for side in crop)
     larger = dataclasses.replace(pipeline.scene, height=size[0], width=size[1])
-    pool = DevicePool(args.pool, _CHUNK, *size, crop, pipeline.batch, seed)
+    pool = DevicePool(args.pool, _CHUNK, *size, crop, pipeline.batch, seed, pipeline.occluded_weight)
     with (
         sample_chunks(dataclasses.replace(pipeline, scene=larger), seed, args.workers, _CHUNK) as chunks,
         pooled_batches(pool, chunks, min(_FIRST, pool.capacity)) as batches,

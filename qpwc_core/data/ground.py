@@ -135,7 +135,7 @@ def _object(
     place = camera.place(x_axis, y_axis, stand - x_axis * tile / 2 - y_axis * foot)
     to_mask = None if use_cutout else lay_on_mask(rng, bank.photos.shape[1], extent / tile)
     velocity = np.zeros(3)
-    if rng.random() < 0.4:
+    if rng.random() < config.ground_own_share:
         # On the ground, with a typical motion in the picture of ``strength``.
         velocity = rng.normal(0, 0.6, 3) * np.array([1, 0, 1]) * strength * depth / focal
         velocity *= min(1.0, 0.2 * depth / max(np.linalg.norm(velocity), 1e-9))

@@ -27,6 +27,7 @@ class SceneConfig:
         relief_chance: probability that a bend is the parallax of a surface of uneven depth.
         slow_chance, slow_motion: probability that the typical motion is drawn from ``slow_motion`` instead.
         ground_chance: probability of a scene with ground, a wall and upright objects under one camera motion.
+        ground_own_share: share of such a scene's objects that have a motion of their own.
         smooth_chance: probability that a background is a smooth picture, where the textures have any.
         thin_chance: probability that a masked object is thin (bars, wires, grids), where the masks have any.
         still_share: share of the objects that have no motion but what the camera's gives them.
@@ -56,6 +57,7 @@ class SceneConfig:
     slow_chance: float = 0.1
     slow_motion: tuple[float, float] = (0.1, 2.0)
     ground_chance: float = 0.25
+    ground_own_share: float = 0.4
     smooth_chance: float = 0.15
     thin_chance: float = 0.15
     still_share: float = 0.15

@@ -196,6 +196,8 @@ def worker_batches(config: PipelineConfig, seed: int, workers: int) -> Iterator[
         ValueError, OSError, QpwcError: what a worker raised, e.g. for a file that is missing or damaged.
         ChildProcessError: a worker died.
     """
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
     if workers == 0:
         yield batches(config, seed)
         return

@@ -220,6 +220,7 @@ def _crowded(config: SceneConfig) -> SceneConfig:
         thin_chance=config.crowd_thin,
         still_share=config.crowd_still,
         travel_share=1.0,
+        ground_own_share=1.0 - config.crowd_still,
     )
 
 

@@ -127,6 +127,8 @@ def export_trainer(trainer: FlowTrainer, config: TrainConfig, directory: Path, *
     np.savez_compressed(directory / CHECKPOINT, **{names[id(v.handle)]: v.numpy() for v in [*variables, *unread]})
     if config.textures:
         shutil.copyfile(config.textures, directory / "textures.npz")
+    else:  # of an earlier export
+        (directory / "textures.npz").unlink(missing_ok=True)
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 

@@ -36,13 +36,22 @@ class DevicePool:
         crop: height and width of the samples drawn, not larger.
         batch: samples per draw.
         seed: decides what is drawn, and how it is cut, mirrored and coloured.
+        occluded_weight: what pixels weigh at most whose target leaves the sample drawn.
 
     Raises:
         ValueError: a crop larger than the samples, or less capacity than one chunk.
     """
 
     def __init__(
-        self, capacity: int, chunk: int, height: int, width: int, crop: tuple[int, int], batch: int, seed: int = 0
+        self,
+        capacity: int,
+        chunk: int,
+        height: int,
+        width: int,
+        crop: tuple[int, int],
+        batch: int,
+        seed: int = 0,
+        occluded_weight: float = 1.0,
     ):
         import jax
 
@@ -56,6 +65,7 @@ class DevicePool:
         slabs = -(-chunks // max(1, most))
         self._chunks_per_slab = chunks // slabs
         self._chunk, self._batch, self._crop = chunk, batch, crop
+        self._occluded_weight = occluded_weight
         self._margin = (height - crop[0], width - crop[1])
         rows = self._chunks_per_slab * chunk
         zeros = jax.jit(
@@ -110,7 +120,7 @@ class DevicePool:
             corners = np.stack([rng.integers(0, m + 1, self._batch, dtype=np.int32) for m in self._margin], axis=1)
             mirrored = rng.random((self._batch, 2)) < 0.5
             colors = rng.permutation(3).astype(np.int32)
-            return self._cut(self._slabs[index], rows, corners, mirrored, colors, self._crop)
+            return self._cut(self._slabs[index], rows, corners, mirrored, colors, self._crop, self._occluded_weight)
 
 
 def _insert(slab, chunk, start):
@@ -120,7 +130,7 @@ def _insert(slab, chunk, start):
     return {name: lax.dynamic_update_slice_in_dim(slab[name], chunk[name], start, 0) for name in slab}
 
 
-def _cut(slab, rows, corners, mirrored, colors, crop):
+def _cut(slab, rows, corners, mirrored, colors, crop, occluded_weight):
     """Cuts samples out of a slab, mirrors them and permutes their colours.
 
     Args:
@@ -129,6 +139,7 @@ def _cut(slab, rows, corners, mirrored, colors, crop):
         mirrored: Bx2, whether up and down change places, and left and right.
         colors: the 3 channels' new order.
         crop: height and width.
+        occluded_weight: what pixels weigh at most whose target leaves the crop.
     """
     import jax
     import jax.numpy as jnp
@@ -144,11 +155,17 @@ def _cut(slab, rows, corners, mirrored, colors, crop):
     cut = {name: mirror(jax.vmap(one, (None, 0, 0))(values, rows, corners)) for name, values in slab.items()}
     sign = jnp.where(mirrored[:, ::-1], -1.0, 1.0)[:, None, None]
     images = jnp.take(cut["images"].reshape(*cut["images"].shape[:3], 2, 3), colors, axis=-1)
+    flow = cut["flow"].astype(jnp.float32) * sign
+    weight = cut["weight"].astype(jnp.float32) / 255.0
+    # The samples were larger, and their weights tell only what leaves them. As qpwc_core.geometry.leaves_frame.
+    y, x = jnp.mgrid[: crop[0], : crop[1]]
+    to_x, to_y = x + flow[..., 0], y + flow[..., 1]
+    leaves = (to_x < -0.5) | (to_x > crop[1] - 0.5) | (to_y < -0.5) | (to_y > crop[0] - 0.5)
     return {
         "prev": images[..., 0, :],
         "next": images[..., 1, :],
-        "flow": cut["flow"].astype(jnp.float32) * sign,
-        "valid": cut["weight"].astype(jnp.float32) / 255.0,
+        "flow": flow,
+        "valid": jnp.where(leaves[..., None], jnp.minimum(weight, occluded_weight), weight),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +223,9 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
         held_back = validation_triplets(config)
         average = tf.image.psnr(plain_average(held_back["prev"], held_back["next"]), held_back["middle"], 255)
         print(f"validation: averaging the two frames has a PSNR of {float(tf.reduce_mean(average)):.2f} dB")
-        validation = tf.data.Dataset.from_tensor_slices(held_back).batch(config.batch, drop_remainder=True)
+        # Batches of one size, which the compiled step wants, and no triplet left over.
+        size = math.gcd(config.batch, config.validation_count)
+        validation = tf.data.Dataset.from_tensor_slices(held_back).batch(size, drop_remainder=True)
         callbacks = [
             KeepWeights(network, directory, "val_img_0_loss"),
             keras.callbacks.CSVLogger(str(history), append=True),
