@@ -6,6 +6,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 
 def let_ctrl_c_pass(error: BaseException) -> None:
     """To be called first where BaseException is caught around a plugin's code: Ctrl-C still ends the program.
@@ -37,6 +39,15 @@ def description(plugin: Any) -> tuple[dict[str, str], str]:
     except BaseException as error:
         let_ctrl_c_pass(error)
         return {}, one_line(error)
+
+
+def flow_fault(flow: object, image_shape: tuple[int, ...]) -> str | None:
+    """What is wrong with what an estimator's match() returned for images of a shape (H, W, ...), or None if it is a flow."""
+    expected = (*image_shape[:2], 2)
+    if isinstance(flow, np.ndarray) and flow.shape == expected and flow.dtype == np.float32:
+        return None
+    what = f"{flow.dtype} {flow.shape}" if isinstance(flow, np.ndarray) else type(flow).__name__
+    return f"the estimator returned {what} instead of float32 {expected}"
 
 
 def printable(value: object) -> str:

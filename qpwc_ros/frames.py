@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from qpwc_ros.faults import let_ctrl_c_pass, one_line
-from qpwc_ros.plugins.base import Estimator, flow_fault
+from qpwc_ros.faults import flow_fault, let_ctrl_c_pass, one_line
+from qpwc_ros.plugins.base import Estimator
 
 
 class EstimatorFailure(Exception):

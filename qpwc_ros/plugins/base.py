@@ -68,15 +68,6 @@ class Estimator(ABC):
         self.match(features, features)
 
 
-def flow_fault(flow: object, image_shape: tuple[int, ...]) -> str | None:
-    """What is wrong with what `Estimator.match` returned for images of a shape (H, W, ...), or None if it is a flow."""
-    expected = (*image_shape[:2], 2)
-    if isinstance(flow, np.ndarray) and flow.shape == expected and flow.dtype == np.float32:
-        return None
-    what = f"{flow.dtype} {flow.shape}" if isinstance(flow, np.ndarray) else type(flow).__name__
-    return f"the estimator returned {what} instead of float32 {expected}"
-
-
 class Output(ABC):
     """Publishes something about pairs of frames.
 

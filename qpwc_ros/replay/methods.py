@@ -23,7 +23,7 @@ from qpwc_core.runtime.models import (
     PRECISIONS,
     default_model,
 )
-from qpwc_ros.faults import let_ctrl_c_pass, one_line
+from qpwc_ros.faults import flow_fault, let_ctrl_c_pass, one_line
 from qpwc_ros.replay.run import SUBJECT
 
 # What decoders and estimators raise at an image that they cannot take: ImageError is a ValueError, and so is what
@@ -73,8 +73,6 @@ class Checked:
 
     def match(self, prev: Any, next: Any) -> np.ndarray:
         """See Estimator and encode."""
-        from qpwc_ros.plugins.base import flow_fault
-
         shape, features = prev
         with _told(self._name, UNUSABLE):
             flow = self._estimator.match(features, next[1])
