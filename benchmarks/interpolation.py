@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qpwc_core import FlowEstimator, FrameInterpolator
-from qpwc_core.cli.common import named_directory, positive_int, print_table, thread_count
+from qpwc_core.cli.common import directories_by_name, named_directory, positive_int, print_table, thread_count
 from qpwc_core.data.frames import open_frames
 from qpwc_core.data.triplets import Triplet, VideoConfig, video_triplets
 from qpwc_core.ending import end_with
@@ -113,12 +113,13 @@ def main() -> int:
         help="DIR has the frames in between: VIDEO_000.png, …",
     )
     args = parser.parse_args()
-    given = dict(args.given)
     names = list(dict.fromkeys([BASELINE, *args.methods]))
     if len({path.stem for path in args.videos}) < len(args.videos):
         parser.error("two videos have one name")
-    if len(given) < len(args.given) or not given.keys().isdisjoint(names):
-        parser.error("--given: two methods have one name")
+    try:
+        given = directories_by_name(args.given, names)
+    except ValueError as error:
+        parser.error(str(error))
     cv2.setNumThreads(args.threads)
     try:
         methods = {name: make_method(name, args.threads) for name in names}

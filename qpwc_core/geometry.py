@@ -53,8 +53,32 @@ def resize_flow(flow: np.ndarray, height: int, width: int) -> np.ndarray:
     scale = np.array([width / flow.shape[1], height / flow.shape[0]], np.float32)
     flow = flow.astype(np.float32, copy=False)
     if height * width < flow.shape[0] * flow.shape[1]:  # scale where there is less to scale
-        return _scaled(_resize(flow, height, width), scale)
-    return _resize(_scaled(flow, scale), height, width)
+        return _scaled(resize_samples(flow, height, width), scale)
+    return resize_samples(_scaled(flow, scale), height, width)
+
+
+def resize_samples(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes an image, or whatever else has a value for each pixel, and leaves the values as they are.
+
+    Args:
+      array: uint8 or float32 (h, w) or (h, w, C).
+      height, width: The new grid.
+
+    Returns:
+      The same dtype, (height, width) or (height, width, C): a side that grows is interpolated bilinearly; one that
+      shrinks gets area means, which do not alias. May be `array` itself.
+    """
+    rows, columns = array.shape[:2]
+    if (rows, columns) == (height, width):
+        return array
+    # One side after the other: OpenCV takes area means only where no side grows. Else it interpolates between places
+    # that are not those of the pixels, and of most pixels nothing is left where a side shrinks by more than half.
+    if height < rows or width < columns:
+        smaller = (min(width, columns), min(height, rows))
+        array = cv2.resize(array, smaller, interpolation=cv2.INTER_AREA)
+    if height > rows or width > columns:
+        array = cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
+    return array
 
 
 def shrunk_grey(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -181,7 +205,7 @@ class NetworkFit:
     def to_network(self, image: np.ndarray) -> np.ndarray:
         """uint8 (height, width, 3) → uint8 (net_height, net_width, 3)."""
         content_height, content_width = self.content_size
-        scaled = _resize(image, content_height, content_width)
+        scaled = resize_samples(image, content_height, content_width)
         bottom, right = self.net_height - content_height, self.net_width - content_width
         if bottom == right == 0:
             return scaled
@@ -201,7 +225,7 @@ class NetworkFit:
         content_height, content_width = self.content_size
         cells = flow[: content_height // self.stride, : content_width // self.stride]
         scale = np.array([width / content_width, height / content_height], np.float32)
-        return _resize(_scaled(cells, scale), height, width)
+        return resize_samples(_scaled(cells, scale), height, width)
 
 
 def _scaled(flow: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -209,16 +233,3 @@ def _scaled(flow: np.ndarray, scale: np.ndarray) -> np.ndarray:
     height, width = flow.shape[:2]
     # A row at a time: with two values a cell NumPy would take nine times as long.
     return (flow.reshape(height, 2 * width) * np.tile(scale, width)).reshape(height, width, 2)
-
-
-def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear where no side shrinks, else area means, which do not alias. May return its input."""
-    if array.shape[:2] == (height, width):
-        return array
-    rows, columns = array.shape[:2]
-    if (2 * height < rows and width > columns) or (2 * width < columns and height > rows):
-        # OpenCV takes area means only where no side grows; else two places, between which all others would be lost.
-        array = cv2.resize(array, (min(width, columns), min(height, rows)), interpolation=cv2.INTER_AREA)
-        return cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
-    shrinks = height < rows or width < columns
-    return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

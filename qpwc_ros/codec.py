@@ -13,6 +13,7 @@ anything is allocated from it.
 from __future__ import annotations
 
 import array
+import re
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -76,6 +77,8 @@ def _encodings() -> dict[str, Encoding]:
 
 #: Every encoding decoded here, by its sensor_msgs name.
 ENCODINGS = _encodings()
+# OpenCV's names of types, which say nothing of colours: depth is 16UC1 or 32FC1.
+_BARE_TYPE = re.compile(r"(8|16|32|64)[USF]C\d+")
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,16 @@ def decode_compressed(msg: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
 
     The size is read from the file's own header before it is unpacked, so a small file that claims a huge
     image is refused at no cost. A file that was cut off is refused too, where OpenCV would return a half-grey
-    image. `format` is followed where it says that colours were stored in RGB order ("... compressed rgb8").
+    image. `format` is followed where it says that colours were stored in RGB order ("... compressed rgb8"), or
+    that the image was none of a camera ("16UC1; png compressed").
 
     Raises:
-        ImageError: no JPEG or PNG, cut off, corrupt, or more than `max_pixels` pixels.
+        ImageError: no camera image, no JPEG or PNG, cut off, corrupt, or more than `max_pixels` pixels.
     """
+    declared = msg.format.partition(";")[0].strip()
+    # Anything else there may be the name of a codec, which the file itself tells better.
+    if _BARE_TYPE.fullmatch(declared) and declared not in ENCODINGS:
+        raise _no_camera_image(declared)
     data = bytes(_bytes_of(msg.data))
     kind = compressed_format(data)
     if kind == "jpeg":
@@ -218,9 +226,13 @@ def _check_layout(step: int, row_bytes: int, rows: int, available: int) -> None:
         raise ImageError(f"image data has {available} bytes where its size and step need {needed}")
 
 
+def _no_camera_image(encoding: str) -> ImageError:
+    return ImageError(f"encoding {encoding[:40]!r} is not one of a camera image")
+
+
 def _decode_with_cv_bridge(msg: Any, step: int) -> Picture:
     """Leave what this module does not know to cv_bridge where the machine has it."""
-    refusal = ImageError(f"encoding {msg.encoding[:40]!r} is not one of a camera image")
+    refusal = _no_camera_image(msg.encoding)
     try:
         import cv_bridge
     except Exception:  # ROS 1's package of that name fails in many ways with a current numpy

@@ -20,6 +20,10 @@ from qpwc_ros.faults import flow_fault, let_ctrl_c_pass, one_line
 from qpwc_ros.plugins.base import Estimator
 
 
+#: Seconds: no rule has longer intervals.
+LONGEST_INTERVAL = 3600.0
+
+
 class EstimatorFailure(Exception):
     """The estimator raised, or returned something that is no flow; the text is one line."""
 
@@ -41,7 +45,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class PairingRule:
-    """Which frames pair up. Intervals in seconds; frame_step counts received frames."""
+    """Which frames pair up. Intervals in seconds, up to LONGEST_INTERVAL; frame_step counts received frames."""
 
     min_interval: float = 0.0
     max_interval: float = 1.0

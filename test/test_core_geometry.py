@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from core_scenes import constant_flow, shifted, texture
 
-from qpwc_core.geometry import NetworkFit, choose_size, resize_flow, warp_image
+from qpwc_core.geometry import NetworkFit, choose_size, resize_flow, resize_samples, warp_image
 
 
 @pytest.mark.parametrize("size", [(40, 80), (10, 20), (31, 17)])
@@ -28,6 +28,26 @@ def test_a_side_that_shrinks_keeps_its_place_where_the_other_grows(size, other):
     resized = resize_flow(np.dstack([x, y]).astype(np.float32), *other)
     expected = np.meshgrid(np.arange(other[1]) + 0.5, np.arange(other[0]) + 0.5)  # positions and vectors scale alike
     np.testing.assert_allclose(resized[3:-3, 3:-3], np.dstack(expected)[3:-3, 3:-3], atol=0.02)
+
+
+@pytest.mark.parametrize("other", [(90, 110), (60, 120), (51, 101), (120, 83)])
+def test_a_side_that_shrinks_a_little_keeps_its_place_too(other):
+    x, y = np.meshgrid(np.arange(100) + 0.5, np.arange(100) + 0.5)
+    resized = resize_flow(np.dstack([x, y]).astype(np.float32), *other)
+    expected = np.dstack(np.meshgrid(np.arange(other[1]) + 0.5, np.arange(other[0]) + 0.5))
+    away = (resized - expected)[3:-3, 3:-3]
+    np.testing.assert_allclose(away.mean(axis=(0, 1)), 0, atol=0.001)
+    grows = 0 if other[1] > 100 else 1
+    np.testing.assert_allclose(away[..., 1 - grows], 0, atol=0.07)  # a mean over pixels whose borders are not its own
+    np.testing.assert_allclose(away[..., grows], 0, atol=0.001)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(30, 40), (30, 40, 3)])
+@pytest.mark.parametrize("size", [(30, 40), (15, 40), (15, 60), (61, 20), (45, 80)])
+def test_resizing_samples_keeps_their_kind_and_a_constant(dtype, shape, size):
+    resized = resize_samples(np.full(shape, 7, dtype), *size)
+    assert resized.dtype == dtype and resized.shape == size + shape[2:] and (resized == 7).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])

@@ -393,6 +393,20 @@ def test_resizing_scales_constant_flow_and_keeps_it_true(density, size):
         assert resized.valid.all()
 
 
+@pytest.mark.parametrize("size", [(20, 40), (28, 25), (15, 47), (10, 37)])
+def test_an_image_keeps_its_place_where_one_side_shrinks_and_the_other_grows(size):
+    """Of a ramp the grey level says where a pixel is."""
+    x, y = np.meshgrid(np.arange(32), np.arange(24))
+    image = np.dstack([8 * x, 8 * y, 0 * x]).astype(np.uint8)
+    sample = dataclasses.replace(moving_sample(height=24, width=32), prev=image, next=image)
+    resized = resize(sample, *size)
+    to_x, to_y = np.meshgrid(np.arange(size[1]), np.arange(size[0]))
+    there = np.dstack([(to_x + 0.5) * 32 / size[1] - 0.5, (to_y + 0.5) * 24 / size[0] - 0.5])
+    for seen in (resized.prev, resized.next):
+        away = (seen[..., :2] / 8 - there)[2:-2, 2:-2]
+        assert np.sqrt((away**2).mean(axis=(0, 1))).max() < 0.05  # of which grey levels are most
+
+
 def test_sparse_vectors_go_to_the_nearest_new_pixel():
     valid = np.zeros((4, 6), bool)
     valid[1, 4] = valid[3, 0] = True

@@ -12,6 +12,7 @@ from qpwc_core.data import layers, scenes
 from qpwc_core.data.render import render, render_frame, render_triplet
 from qpwc_core.data.homographies import about, apply_homography, rotation, scaling, translation
 from qpwc_core.data.layers import Layer, Scene, SceneConfig
+from qpwc_core.data.textures import CUTOUT_SIZE, MASK_SIZE, TextureBank
 
 HEIGHT, WIDTH = 96, 128
 BANK = smooth_bank()
@@ -211,6 +212,66 @@ def test_scenes_are_crowded_as_often_as_asked():
     config = SceneConfig(height=HEIGHT, width=WIDTH, ground_chance=0.0, crowd_chance=0.4, crowd_objects=(12, 12))
     share = np.mean([len(scene.layers) == 13 for scene in drawn(config, 300)])
     assert 0.3 < share < 0.5
+
+
+def coverage(layer: Layer, bank: TextureBank) -> np.ndarray:
+    """How much of each pixel of frame 0 a layer covers, float32 HxW: it is drawn alone, white before black."""
+    white, black = (np.full_like(bank.photos[:1], grey) for grey in (255, 0))
+    alone = dataclasses.replace(bank, photos=np.concatenate([black, white]))
+    behind = Layer("photo", 0, None, np.eye(3), None, np.eye(3))
+    scene = Scene(HEIGHT, WIDTH, (behind, dataclasses.replace(layer, texture=1)))
+    return render_frame(scene, alone, 0)[0][..., 0] / np.float32(255)
+
+
+@pytest.mark.parametrize("ground", [0.0, 1.0], ids=["layers", "ground"])
+def test_things_of_a_crowded_scene_are_wide_enough_to_own_pixels(ground):
+    config = SceneConfig(
+        height=HEIGHT, width=WIDTH, ground_chance=ground, crowd_chance=1.0, crowd_objects=(30, 30), bend_chance=0.0,
+        defocus_chance=0.0, blur_chance=0.0, rolling_chance=0.0,
+    )  # fmt: skip
+    bank = small_bank()
+    owned = []
+    for scene in drawn(config, 6):
+        for layer in scene.layers[2 if ground else 1 :]:
+            covered = coverage(layer, bank)
+            if layer.opacity == 1 and covered.sum() > 3:  # pixels' worth of it are in the frame
+                owned.append((covered >= 0.5).sum() / covered.sum())
+    assert len(owned) > 100
+    assert min(owned) > 0.25 and np.median(owned) > 0.8
+
+
+def test_a_mask_is_picked_that_is_wide_enough():
+    bars = np.zeros((4, MASK_SIZE, MASK_SIZE), np.uint8)
+    for mask, width in zip(bars, (4, 8, 16, 60)):
+        mask[100 : 100 + width, 10:-10] = 255
+    cutouts = np.zeros((4, CUTOUT_SIZE, CUTOUT_SIZE, 4), np.uint8)
+    cutouts[..., 3] = bars
+    bank = TextureBank(np.zeros((1, 8, 8, 3), np.uint8), cutouts, bars)
+    rng = np.random.default_rng(0)
+
+    def picked(pick, zoom: float, **options) -> set[int]:
+        return {pick(rng, SceneConfig(least_width=1.5, **options), bank, zoom) for _ in range(60)}
+
+    assert picked(layers.pick_mask, 0.5, thin_chance=1.0) == {0, 1, 2}
+    assert picked(layers.pick_mask, 0.25, thin_chance=1.0) == {1, 2}
+    assert picked(layers.pick_mask, 0.05, thin_chance=1.0) == {3}  # no thin one is
+    assert picked(layers.pick_mask, 0.001, thin_chance=1.0) == {3}  # none is
+    assert picked(layers.pick_mask, 0.12, thin_chance=0.0) == {2, 3}
+    assert picked(layers.pick_cutout, 0.12) == {2, 3}
+    assert {layers.pick_mask(rng, SceneConfig(), bank, 0.001) for _ in range(60)} == {0, 1, 2, 3}
+
+
+def test_the_mean_width_of_masks_and_cutouts():
+    masks = np.zeros((4, MASK_SIZE, MASK_SIZE), np.uint8)
+    masks[0, 20:26, 10:-10] = 255
+    masks[1, 10:-10, 30:50] = masks[1, 10:-10, 90:110] = 255
+    masks[2, ::16] = 100  # less than half of a pixel is none
+    masks[3, 20:24, 10:-10] = masks[3, 40:-40, 30:34] = 255
+    cutouts = np.zeros((1, CUTOUT_SIZE, CUTOUT_SIZE, 4), np.uint8)
+    cutouts[0, 30:42, :, 3] = 255
+    bank = TextureBank(np.zeros((1, 8, 8, 3), np.uint8), cutouts, masks)
+    np.testing.assert_allclose(bank.mask_widths, [6, 20, 0, 4], rtol=0.1)
+    np.testing.assert_allclose(bank.cutout_widths, [12], rtol=0.1)
 
 
 def test_helpers_of_homographies():

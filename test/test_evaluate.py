@@ -15,6 +15,7 @@ import pytest
 from core_scenes import constant_flow, shifted, texture
 
 from qpwc_core import evaluation
+from qpwc_core.cli.common import directories_by_name
 from qpwc_core.data.render import Sample
 from qpwc_core.ending import end_with
 from qpwc_core.errors import FormatError, ModelError
@@ -281,8 +282,8 @@ def test_given_flow_that_cannot_be_compared_is_refused(tmp_path):
 # --- The program -----------------------------------------------------------------------------------------
 
 
-def program():
-    spec = importlib.util.spec_from_file_location("training_evaluate", PROGRAM)
+def program(path: Path = PROGRAM):
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -366,6 +367,21 @@ def test_what_fails_is_one_line(capsys, options, message):
     assert program().main(["--methods", "zero", *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith("evaluate: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("names", ["dis", "other other"])
+def test_both_programs_refuse_a_method_that_is_named_twice_in_the_same_words(monkeypatch, tmp_path, capsys, names):
+    given = [word for name in names.split() for word in ("--given", f"{name}={tmp_path}")]
+    with pytest.raises(ValueError, match=rf"^--given {names.split()[-1]}: there is a method of that name$") as refused:
+        directories_by_name([(name, tmp_path) for name in names.split()], ["dis"])
+    interpolation = program(PROGRAM.parents[1] / "benchmarks" / "interpolation.py")
+    monkeypatch.setattr(sys, "argv", ["interpolation", "none.mp4", "--methods", "dis", *given])
+    with pytest.raises(SystemExit) as caught:
+        interpolation.main()
+    assert caught.value.code == 2 and capsys.readouterr().err.endswith(f"error: {refused.value}\n")
+    if names != "dis":  # which the other program has not
+        assert program().main(["--methods", "zero", *given]) == 1
+        assert capsys.readouterr().err == f"evaluate: {refused.value}\n"
 
 
 def test_ctrl_c_ends_a_program_without_a_traceback(capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from qpwc_core.model.config import OPERATING_POINTS, NetworkConfig
 from qpwc_core.model.initialization import initialize_from_data
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, feature_layers
-from qpwc_core.quantization import flatbuffer
+from qpwc_core.quantization import flatbuffer, pipeline
 from qpwc_core.quantization.bisection import tensor_of
 from qpwc_core.quantization.calibration import calibrate, range_variables
 from qpwc_core.quantization.configs import build_quantized_network, load_float_weights, wrapped
@@ -209,7 +210,14 @@ def test_the_finest_levels_keep_a_share_of_their_range(shallow):
         np.testing.assert_allclose(range_variables(cut)[name].numpy(), share * variable.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"teacher_share": 1.5}, {"fine_range": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher_share": 1.5}, {"fine_range": 0.0}, {"calibration_pairs": 0}, {"method": "foo"}, {"percentile": 300.0},
+        {"percentile": 50.0}, {"batch": 0}, {"height": 0}, {"steps": -1}, {"epoch_steps": 0}, {"validation_count": 0},
+        {"workers": -1}, {"motion": (5.0, 1.0)}, {"occluded_weight": 2.0},
+    ],
+)  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         QuantizeConfig(**options)
@@ -652,6 +660,190 @@ def test_bytes_become_int8_by_way_of_float(tmp_path):
     plain, slow, fast = results.values()
     np.testing.assert_array_equal(fast, slow)
     np.testing.assert_array_equal(fast, plain)
+
+
+# --- Going on in a directory -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    config: QuantizeConfig
+    directory: Path
+    exported: dict[str, Path] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, **changes) -> None:
+        quantize(dataclasses.replace(self.config, **changes), self.directory)
+
+    def contents(self) -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in self.directory.rglob("*") if path.is_file()}
+
+    def refused(self, *reasons: str, **changes) -> None:
+        """With one line that has all reasons, and without a change to the directory."""
+        before = self.contents()
+        with pytest.raises(ValueError) as caught:
+            self(**changes)
+        message = str(caught.value)
+        assert "\n" not in message and "choose another directory (-o), or remove " in message
+        assert all(reason in message for reason in reasons), message
+        assert self.contents() == before
+
+
+def float_weights(path: Path, seed: int) -> str:
+    keras.utils.set_random_seed(seed)
+    build_network(SHALLOW, SHALLOW.height, SHALLOW.width).save_weights(path)
+    return str(path)
+
+
+@pytest.fixture()
+def going(tmp_path, monkeypatch) -> Run:
+    """A small run that is neither exported nor compared, with two steps that train nothing."""
+    monkeypatch.setitem(OPERATING_POINTS, "shallow", SHALLOW)
+    for name in ("a", "b"):
+        save_bank(tmp_path / f"{name}.npz", small_bank(seed=ord(name)))
+    config = QuantizeConfig(
+        network="shallow", weights=float_weights(tmp_path / "a.weights.h5", 1), steps=0, calibration_pairs=2, batch=2,
+        height=SHALLOW.height, width=SHALLOW.width, validation_size=(32, 48), validation_count=1, workers=0,
+        textures=str(tmp_path / "a.npz"), validation_textures=str(tmp_path / "a.npz"),
+    )  # fmt: skip
+    going = Run(config, tmp_path / "run")
+
+    def export(point, weights, path, *, quantized):
+        going.exported["int8" if quantized else "float32"] = Path(weights)
+
+    def fit(trainer, point, config, directory, **others):
+        """What a run leaves of its state."""
+        manager = tf.train.CheckpointManager(
+            tf.train.Checkpoint(value=tf.Variable(1.0)), str(directory / "backup" / "chief"), max_to_keep=1
+        )
+        manager.save()
+        (directory / "last.weights.h5").write_bytes(b"trained")
+
+    monkeypatch.setattr(pipeline, "export_network", export)
+    monkeypatch.setattr(pipeline.loop, "fit", fit)
+    monkeypatch.setattr(pipeline, "validation_samples", lambda *arguments: [])
+    monkeypatch.setattr(pipeline.parity, "compare", lambda *arguments: SimpleNamespace(
+        int8=0.0, float32=0.0, dis_medium=0.0, zero_flow=0.0
+    ))  # fmt: skip
+    for module, name in ((pipeline.parity, "write_report"), (pipeline.parity, "report"), (pipeline.flatbuffer, "set_figures")):
+        monkeypatch.setattr(module, name, lambda *arguments: None)
+    return going
+
+
+def test_ranges_serve_only_the_run_that_would_measure_the_same(going, tmp_path, capsys):
+    going()
+    calibrated = going.directory / "calibrated.weights.h5"
+    assert going.exported == {"int8": calibrated, "float32": tmp_path / "a.weights.h5"}
+    before = calibrated.read_bytes()
+    # Where a file is, how many processes there are and what comes after the ranges is no part of them.
+    (tmp_path / "moved.weights.h5").write_bytes((tmp_path / "a.weights.h5").read_bytes())
+    going(weights=str(tmp_path / "moved.weights.h5"), workers=2, validation_count=2, teacher_share=0.5)
+    assert calibrated.read_bytes() == before
+    assert "as it is" not in capsys.readouterr().out
+
+    going.refused(
+        str(calibrated), "weights had other content, method was 'percentile' and is 'mse' now",
+        weights=float_weights(tmp_path / "b.weights.h5", 2), method="mse",
+    )  # fmt: skip
+    going.refused("textures had other content", textures=str(tmp_path / "b.npz"), steps=2)
+    with pytest.raises(ValueError, match="seed was 3 and is 4 now"):
+        pipeline.export_fine_tuning(
+            dataclasses.replace(going.config, seed=4, steps=2), going.directory, tmp_path / "bundle"
+        )
+    for changes, reason in (
+        ({"textures": None}, "textures had other content"),
+        ({"percentile": 99.0}, "percentile was 99.995 and is 99.0 now"),
+        ({"calibration_pairs": 3}, "calibration_pairs was 2 and is 3 now"),
+        ({"equalize": 1}, "equalize was 0 and is 1 now"),
+        ({"fine_range": 0.5}, "fine_range was 1.0 and is 0.5 now"),
+        ({"height": 64}, "height was 32 and is 64 now"),
+        ({"width": 64}, "width was 48 and is 64 now"),
+        ({"batch": 1}, "batch was 2 and is 1 now"),
+        ({"motion": (1.0, 9.0)}, "motion was [1.0, 90.0] and is [1.0, 9.0] now"),
+        ({"seed": 4}, "seed was 3 and is 4 now"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            changed = dataclasses.replace(going.config, **changes)
+            pipeline._check_calibration(changed, tmp_path / "a.weights.h5", going.directory)
+    # What takes other weights with ranges does not need these.
+    going(seed=4, quantized_weights=str(calibrated))
+
+    calibrated.unlink()
+    going(percentile=99.0, seed=4)
+    assert calibrated.read_bytes() != before
+    going.refused("percentile was 99.0 and is 99.995 now")
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_ranges_of_ones_own_are_taken_as_they_are(going, tmp_path, capsys, recorded):
+    """Also where others had been measured, and are recorded, before."""
+    going()
+    own = float_weights(tmp_path / "own.weights.h5", 3)
+    calibrated = going.directory / "calibrated.weights.h5"
+    if not recorded:
+        calibrated.with_name("calibrated.json").unlink()
+    calibrated.write_bytes(Path(own).read_bytes())
+    going(seed=9, percentile=99.0)
+    assert f"{calibrated}: taken as it is" in capsys.readouterr().out
+    assert calibrated.read_bytes() == Path(own).read_bytes() and going.exported["int8"] == calibrated
+
+
+def test_fine_tuning_goes_on_only_as_it_began(going, tmp_path):
+    going(steps=2, teacher_share=0.5)
+    calibrated, backup = going.directory / "calibrated.weights.h5", going.directory / "backup"
+    assert going.exported["int8"] == going.directory / "last.weights.h5"
+    going(steps=4, teacher_share=0.5)
+    for changes, reason in (
+        ({"teacher_share": 0.0}, "teacher_share was 0.5 and is 0.0 now"),
+        ({"learning_rate": 1e-3}, "learning_rate was 5e-05 and is 0.001 now"),
+        ({"occluded_weight": 0.5}, "occluded_weight was 0.15 and is 0.5 now"),
+    ):
+        going.refused(reason, f"or remove {backup}", **{"steps": 4, "teacher_share": 0.5, **changes})
+    # Nor does it go on from one state while the directory says that it began with another.
+    going.refused(f"{calibrated} and {backup}, which started from it", steps=4, teacher_share=0.5, percentile=99.0)
+    content = calibrated.read_bytes()
+    calibrated.unlink()
+    going.refused("calibrated.weights.h5 had other content", steps=4, teacher_share=0.5, percentile=99.0)
+    calibrated.write_bytes(content[:-1])
+    going.refused("calibrated.weights.h5 had other content", steps=4, teacher_share=0.5)
+    # Without steps there is nothing that would go on.
+    calibrated.write_bytes(content)
+    going(learning_rate=1e-3)
+
+
+def test_a_backup_from_before_there_were_records_goes_on(going, capsys):
+    going(steps=2)
+    (going.directory / "backup" / "options.json").unlink()
+    going(steps=4, learning_rate=1e-3)
+    assert f"{going.directory / 'backup'}: goes on, whatever it was begun with" in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_named(going):
+    going(validation_size=(60, 64))  # the report takes pairs of every size
+    path = going.directory / "calibrated.json"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=f"{path}: not a record"):
+        going()
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"weights": "missing.weights.h5"}, "no float weights"),
+        ({"weights": __file__}, "not weights of this network"),
+        ({"quantized_weights": "missing.weights.h5"}, "missing.weights.h5: no such file"),
+        ({"quantized_weights": __file__}, "not weights of this network"),
+        ({"textures": "missing.npz"}, "missing.npz"),
+        ({"validation_textures": "missing.npz"}, "missing.npz"),
+        ({"height": 60}, "60x48 is not a multiple of the network's stride 8"),
+        ({"validation_size": (60, 64), "steps": 2}, "validation_size 60x64 is not a multiple"),
+    ],
+)
+def test_what_is_refused_leaves_the_run_as_it_was(going, changes, reason):
+    pipeline.loop.write_config(going.directory, going.config, SHALLOW)
+    before = going.contents()
+    with pytest.raises((ValueError, OSError), match=reason):
+        going(**changes)
+    assert going.contents() == before
 
 
 # --- What cannot work ------------------------------------------------------------------------------------

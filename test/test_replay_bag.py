@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import sqlite3
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from replay_bags import START, STORE, moving_frames, write_bag, write_ros1_bag
+from replay_bags import START, STORE, moving_frames, run_replay, write_bag, write_ros1_bag
 from rosbags.rosbag2 import CompressionMode, StoragePlugin, Writer
 from ruamel.yaml import YAML  # rosbags needs it too
 
@@ -291,10 +293,9 @@ def test_one_stamp_far_behind_is_only_that_frame(tmp_path):
         assert bag.skipped == 1
 
 
-@pytest.fixture
-def killed(tmp_path):
-    """A recording in SQLite's write-ahead log, as a killed recorder leaves it, with its metadata; and the stamps."""
-    stamps = write_bag(tmp_path / "whole", moving_frames(12, 1, 0), storage="sqlite3")
+def write_killed(tmp_path: Path, **options: object) -> tuple[Path, list[int]]:
+    """As `write_bag`, in SQLite's write-ahead log, as a killed recorder leaves it, with its metadata; and the stamps."""
+    stamps = write_bag(tmp_path / "whole", moving_frames(12, 1, 0), storage="sqlite3", **options)
     data = tmp_path / "whole" / "whole.db3"
     connection = sqlite3.connect(data, isolation_level=None)
     connection.execute("PRAGMA journal_mode=WAL")
@@ -310,6 +311,12 @@ def killed(tmp_path):
     connection.close()
     assert (bag / "whole.db3-wal").stat().st_size > 0
     return bag, stamps
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """A recording of which a part is in the log."""
+    return write_killed(tmp_path)
 
 
 @pytest.fixture
@@ -355,6 +362,35 @@ def test_no_room_for_the_copy_that_a_write_ahead_log_needs(killed, temporary, mo
 
     monkeypatch.setattr(shutil, "copyfile", full)
     assert f"in {temporary}: No space left on device" in refusal(killed[0])
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_recording_is_copied_once_for_all_that_read_it(tmp_path, temporary, monkeypatch):
+    bag, _ = write_killed(tmp_path, topics=("/cam/image_raw", "/gt/flow"))
+    copied, copyfile = [], shutil.copyfile
+
+    def counted(source, target):
+        copied.append(Path(source).name)
+        return copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", counted)
+    given = ("--estimator", "dis", "--truth", "/gt/flow")
+    assert run_replay(bag, *given, "--report", tmp_path / "out") == 0
+    assert sorted(copied) == ["whole.db3", "whole.db3-wal"]
+    assert list(temporary.iterdir()) == []
+    notes = json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"]
+    assert any("ground truth /gt/flow: 11 could not be used" in note for note in notes)  # they are rgb8, and all read
+
+
+def test_an_opened_recording_is_read_by_several(killed, temporary):
+    bag, stamps = killed
+    with Bag(bag) as opened:
+        for _ in range(2):
+            with Bag(opened, need_images=False) as again:
+                assert again.path == bag
+                assert len(list(again.messages({"/cam/image_raw": "sensor_msgs/msg/Image"}))) == len(stamps)
+        assert len(list(temporary.iterdir())) == 1
+        assert [frame.stamp for frame in opened.frames()] == stamps
     assert list(temporary.iterdir()) == []
 
 

@@ -219,6 +219,20 @@ def bag(request, tmp_path_factory):
     return path, [] if metres else ["--truth-axes", "body"]
 
 
+def test_a_run_looks_once_for_what_is_to_be_copied(bag, tmp_path, monkeypatch):
+    path, options = bag
+    looked = []
+
+    def counted(path, files, stack):
+        looked.append(path)
+        return path, []
+
+    monkeypatch.setattr("qpwc_ros.replay.bag.with_logs_merged", counted)
+    given = ["--truth-depth", "/cam/depth", "--truth-pose", "/pose", *options]
+    assert run_replay(path, "--estimator", "dis", *given, "--report", tmp_path / "out") == 0
+    assert looked == [path]
+
+
 def test_a_run_is_measured_against_it(bag, tmp_path):
     path, options = bag
     # The depth is known to be no camera, so there is only one.

@@ -17,6 +17,8 @@ from replay_bags import START, moving_frames, run_replay, write_bag
 
 pytest.importorskip("rclpy")
 
+from qpwc_core.errors import QpwcError  # noqa: E402
+from qpwc_ros.frames import LONGEST_INTERVAL  # noqa: E402
 from qpwc_ros.replay.bag import Bag  # noqa: E402
 from qpwc_ros.replay.decode import flow_array, pixels  # noqa: E402
 from qpwc_ros.replay.live import WAITING_LENGTH, HeldBack, NodeProcess  # noqa: E402
@@ -31,7 +33,7 @@ from qpwc_ros.replay.results import (  # noqa: E402
     ResultsWriter,
     read_pairs,
 )
-from qpwc_ros.replay.single import MOST_GAP_LIVE_NS  # noqa: E402
+from qpwc_ros.replay.single import Options, replay_bag  # noqa: E402
 from qpwc_ros.shared_memory import segments  # noqa: E402
 
 pytestmark = pytest.mark.live
@@ -166,11 +168,23 @@ def test_a_recording_that_begins_in_1970_is_played_at_once(tmp_path):
     assert 1 < metrics["summary"]["seconds"] < 20
 
 
-def test_the_longest_interval_is_the_nodes():
+def test_the_longest_interval_is_the_nodes(tmp_path, monkeypatch):
     from qpwc_ros.nodes.flow import PARAMETERS
 
-    (longest,) = (spec.maximum for spec in PARAMETERS if spec.name == "max_interval")
-    assert MOST_GAP_LIVE_NS == longest * 10**9
+    assert [spec.maximum for spec in PARAMETERS if spec.name.endswith("_interval")] == [LONGEST_INTERVAL] * 2
+    asked = []
+
+    def run_live(*arguments, max_interval, **options):
+        asked.append(max_interval)
+        raise QpwcError("seen enough")
+
+    monkeypatch.setattr("qpwc_ros.replay.live.run_live", run_live)
+    write_bag(tmp_path / "bag", moving_frames(5, 1, 0, 32, 32), rate=1 / 3600)
+    for longest in (LONGEST_INTERVAL, 7.5):
+        monkeypatch.setattr("qpwc_ros.replay.single.LONGEST_INTERVAL", longest)
+        with pytest.raises(QpwcError, match="seen enough"):
+            replay_bag(tmp_path / "bag", tmp_path / "out", Options(live=True))
+    assert asked == [3600 * 10**9, 7_500_000_000]
 
 
 def test_ros_itself_reads_the_results(offline):

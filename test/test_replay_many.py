@@ -20,6 +20,7 @@ from replay_bags import moving_frames, run_replay, write_bag
 from qpwc_core.errors import QpwcError, UsageError
 from qpwc_ros.replay import many
 from qpwc_ros.replay.bag import BagError
+from qpwc_ros.replay.interrupt import STOP, heeded_stop, postponed_interrupt, take_stop_for_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = ("latency_ms",)
@@ -297,6 +298,37 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, plugins, long_bags):
     lines = [line for line in errors.splitlines() if line.startswith(("qpwc:", "Traceback"))]
     assert lines == ["qpwc: interrupted before any bag had a report"], errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "long", "longer", "site"]
+
+
+def test_a_process_that_is_told_when_to_end_can_be_an_ordinary_one_again():
+    """What ends the work depends on nothing but how the process handles its signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, STOP)}
+    try:
+        take_stop_for_ctrl_c()
+        signal.raise_signal(STOP)  # nothing is being done
+        with heeded_stop():
+            with postponed_interrupt() as interrupt:
+                signal.raise_signal(signal.SIGINT)
+                assert not interrupt.seen
+                signal.raise_signal(STOP)
+                assert interrupt.seen
+                with postponed_interrupt() as inner:
+                    signal.raise_signal(STOP)
+                    assert inner.seen
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(STOP)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(STOP)
+        signal.signal(STOP, signal.SIG_DFL)
+        with postponed_interrupt() as interrupt:  # SIGINT is ignored, and STOP is what it is to anybody
+            assert signal.getsignal(STOP) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with postponed_interrupt() as interrupt:
+            signal.raise_signal(signal.SIGINT)
+            assert interrupt.seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

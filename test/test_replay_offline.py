@@ -28,12 +28,13 @@ from mcap_ros2.decoder import DecoderFactory
 from replay_bags import moving_frames, write_bag
 from replay_bags import run_replay as replay
 
+from qpwc_core.ending import is_terminating, terminable
 from qpwc_core.errors import FormatError, QpwcError
 from qpwc_ros.plugins.builtin import ENTRY_POINTS, ESTIMATORS
 from qpwc_ros.plugins.estimators import DisEstimator
 from qpwc_ros.replay import command, evaluate, pictures
 from qpwc_ros.replay.bag import Bag
-from qpwc_ros.replay.methods import Farneback
+from qpwc_ros.replay.methods import Checked, Farneback
 from qpwc_ros.replay.offline import run_offline
 from qpwc_ros.replay.output import OutputError, replaced_directory
 from qpwc_ros.replay.results import ResultsWriter
@@ -474,6 +475,23 @@ def test_signals_end_the_program_also_within_an_estimator(tmp_path, monkeypatch,
     with pytest.raises(type(error)):
         replay(tmp_path / "bag", "--estimator", "wrong", "--report", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["bag"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_unwinds_the_program_is_never_taken_for_an_estimators_failure(number):
+    class Hung:
+        def encode(self, image: np.ndarray) -> None:
+            signal.raise_signal(number)
+
+    before = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests in the background has some ignored
+    try:
+        with terminable(), pytest.raises(SystemExit) as caught:
+            Checked(Hung(), "hung").encode(np.zeros((8, 8, 3), np.uint8))
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert caught.value.code == 128 + number and is_terminating(caught.value)
+    assert not any(map(is_terminating, (SystemExit(3), SystemExit("no licence"), KeyboardInterrupt())))
 
 
 def test_a_clock_set_back_and_a_leap_are_told(tmp_path, capsys):

@@ -184,6 +184,35 @@ def test_compressed_colour_and_grey(suffix):
     assert grey.grey and np.abs(grey.rgb[..., 2].astype(int) - rgb[..., 0]).max() <= tolerance
 
 
+@pytest.mark.parametrize("declared", ["16UC1", "32FC1", "16SC1", "64FC3"])
+def test_what_a_compressed_image_says_it_was_is_refused_as_the_image_itself(declared):
+    depth = np.arange(480, dtype=np.uint16).reshape(20, 24) * 100
+    file = cv2.imencode(".png", depth)[1].tobytes()
+    with pytest.raises(ImageError) as raw:
+        decode_image(Message(20, 24, declared, 24 * 16, bytes(24 * 16 * 20)))
+    for text in (f"{declared}; png compressed ", f"{declared}; compressedDepth png", f"{declared};png", declared):
+        with pytest.raises(ImageError) as caught:
+            decode_compressed(Compressed(file, text))
+        # cv_bridge, where there is one, has something to add to the raw one.
+        assert str(raw.value).startswith(str(caught.value)) and repr(declared) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["png", "", "mono16; png compressed mono16", "mono16; png compressed ", "something; png compressed"]
+)
+def test_a_compressed_image_of_16_bit_is_grey_where_it_does_not_say_that_it_is_something_else(text):
+    grey = smooth()[..., 0]
+    file = cv2.imencode(".png", grey.astype(np.uint16) * 257)[1].tobytes()
+    picture = decode_compressed(Compressed(file, text))
+    assert picture.grey and np.abs(picture.rgb[..., 1].astype(int) - grey).max() <= 1
+
+
+@pytest.mark.parametrize("text", ["8UC1; png compressed ", "8UC3; png compressed bgr8", "bayer_rggb8; png compressed "])
+def test_a_compressed_image_of_a_type_that_is_read_raw_is_read(text):
+    file = cv2.imencode(".png", smooth())[1].tobytes()
+    assert np.array_equal(decode_compressed(Compressed(file, text)).rgb, smooth()[..., ::-1])
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_a_compressed_file_cut_anywhere_is_refused(suffix):
     file = cv2.imencode(suffix, smooth())[1].tobytes()

@@ -233,3 +233,25 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one_at_work(client, series
     assert client.set(model="qpwc_fast") == (True, "")
     assert goes_on(sent[4])["level"] != "error"
     assert client.set(estimator="moody", model="") == (True, "")
+
+
+def test_what_kept_a_model_from_loading_is_forgotten_with_the_configuration(client, series, tmp_path):
+    flow = client.listen("/flow/flow", Image)
+    client.await_ready("/image", "flow")
+    sent = series(3)
+    client.play_in_step("/image", sent[:2], [flow])
+    broken = tmp_path / "broken.tflite"
+    broken.write_bytes(b"no model")
+    assert client.set(model=str(broken), estimator="tflite") == (True, "")
+    client.play_in_step("/image", sent[2:], [flow], pairs_with_last=True)
+    assert "broken.tflite" in client.dump()["message"]
+    assert client.change("deactivate") and client.dump()["level"] == "error"
+    assert client.change("cleanup") and client.dump()["level"] != "error"
+    # A configuration that fails has nothing to clean up, and why it failed is shown until one succeeds.
+    assert not client.change("configure")
+    values = client.dump()
+    assert values["level"] == "error" and "broken.tflite" in values["message"]
+    assert client.set(estimator="moody", model="") == (True, "")
+    assert client.change("configure") and client.change("activate")
+    client.await_ready("/image", "flow")
+    assert client.dump()["level"] != "error"

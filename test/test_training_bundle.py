@@ -318,6 +318,30 @@ def test_the_program_refuses_a_checkpoint_of_another_bundle(directory, other_dir
     assert line.startswith(f"run_bundle: {checkpoint}: not a state of this bundle (")
 
 
+def test_a_run_does_not_go_on_with_another_export_of_its_bundle(directory, tmp_path, fresh):
+    """Whose state has the same shapes."""
+    exported = tmp_path / "exported"
+    shutil.copytree(directory, exported)
+    output = exported / "run"
+    run({"one": fresh()}, random_batches(), output, RunLimits(steps=1), lambda line: None)
+    assert steps_done(exported, output / CHECKPOINT) == 1
+
+    def export_again(**options) -> None:
+        description = read_description(directory)
+        again = {**description, "run": {**description["run"], **options}}
+        (exported / "bundle.json").write_text(json.dumps(again))
+
+    export_again(steps=7, workers=3, textures="elsewhere.npz")
+    assert steps_done(exported, output / CHECKPOINT) == 1
+    export_again(learning_rate=0.5)
+    with pytest.raises(ValueError, match="learning_rate was .* and is 0.5 now; choose another directory") as caught:
+        steps_done(exported, output / CHECKPOINT)
+    assert str(caught.value).startswith(str(output)) and "\n" not in str(caught.value)
+    (output / CHECKPOINT).unlink()
+    run({"one": Bundle(exported)}, random_batches(), output, RunLimits(steps=1), lambda line: None)
+    assert steps_done(exported, output / CHECKPOINT) == 1
+
+
 def test_what_is_not_a_bundle_is_refused(tmp_path, capsys):
     done = run_bundle(tmp_path)
     assert done.returncode == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import socket
@@ -178,6 +179,31 @@ def test_a_run_that_cannot_be_distributed_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="strategy must be one of none, mirrored, multi-worker, got 'all'"):
         worker.config(2, "all")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_state_starts_anew(tmp_path, monkeypatch):
+    """Though there is a history: the disk was full before the first backup. What is refused leaves both as they are."""
+    monkeypatch.setitem(OPERATING_POINTS, "single", SINGLE)
+    prepared = []
+    monkeypatch.setattr(distributed, "start_from_data", lambda *args: prepared.append(args))
+    monkeypatch.setattr(distributed.DistributedTrainer, "fit", lambda *args, **kwargs: None)
+    textures = str(tmp_path / "textures.npz")
+    save_bank(Path(textures), small_bank())
+    config = dataclasses.replace(
+        worker.config(2, "mirrored"), workers=0, textures=textures, validation_textures=textures
+    )
+    loop.write_config(tmp_path, config, SINGLE)
+    (tmp_path / "history.csv").write_text("step,loss\n2,1\n")
+    before = json.loads((tmp_path / "config.json").read_text())["run"]
+    for changes in ({"textures": "missing.npz"}, {"validation_textures": "missing.npz"}, {"validation_size": (60, 64)}):
+        with pytest.raises((OSError, ValueError), match="missing.npz|60x64 is not a multiple"):
+            distributed.train(dataclasses.replace(config, **changes), tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["run"] == before
+        assert (tmp_path / "history.csv").exists()
+    prepared.clear()
+    distributed.train(config, tmp_path)
+    assert len(prepared) == 1
+    assert not (tmp_path / "history.csv").exists() and (tmp_path / "without_backup_1" / "history.csv").exists()
 
 
 def test_a_run_keeps_to_having_a_strategy_or_none(tmp_path, monkeypatch):

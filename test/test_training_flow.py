@@ -322,6 +322,80 @@ def test_a_run_can_be_stopped_and_continued(tmp_path, textures, single_point, ca
     assert json.loads((directory / "config.json").read_text())["run"]["height"] == 64
 
 
+SHORT = "--network single --height 64 --width 64 --batch 1 --steps 2 --epoch-steps 2 --workers 0".split()
+SHORT += "--validation-size 64 64 --validation-count 1".split()
+
+
+@pytest.mark.slow
+def test_a_run_whose_first_backup_failed_starts_anew(tmp_path, textures, single_point, monkeypatch, capsys):
+    """The disk was full: one line says so. Then history and best weights are there, but no state to go on from."""
+    from tf_keras.src.distribute.worker_training_state import WorkerTrainingState
+
+    def full(self, *args, **kwargs):
+        raise tf.errors.ResourceExhaustedError(None, None, "ckpt-1_temp/part; No space left on device")
+
+    prepared = []
+    monkeypatch.setattr(loop, "start_from_data", lambda *args: prepared.append(args))
+    options = ["-o", str(tmp_path), *SHORT, "--textures", textures, "--validation-textures", textures]
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerTrainingState, "back_up", full)
+        assert program("train").main(options) == 1
+    error = capsys.readouterr().err
+    assert error == f"train: {tmp_path / 'backup'}: No space left on device\n"
+    assert len(prepared) == 1 and len(history(tmp_path)) == 1
+
+    assert program("train").main(options) == 0
+    assert len(prepared) == 2 and len(history(tmp_path)) == 1
+    assert f"moved history.csv, best.weights.h5, best.json to {tmp_path / 'without_backup_1'}" in capsys.readouterr().out
+    assert program("train").main(options) == 0
+    assert len(prepared) == 2 and len(history(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("has_backup", [False, True])
+@pytest.mark.parametrize("content", [None, "", "step,loss\n", "step,loss\n2,1\n"])
+def test_a_network_is_prepared_unless_there_is_a_state(
+    tmp_path, textures, single_point, monkeypatch, has_backup, content
+):
+    """Whatever the history says."""
+    prepared = []
+    monkeypatch.setattr(loop, "start_from_data", lambda *args: prepared.append(args))
+    monkeypatch.setattr(FlowTrainer, "fit", lambda *args, **kwargs: None)
+    if has_backup:
+        monkeypatch.setattr(loop, "has_backup", lambda directory: True)
+    if content is not None:
+        (tmp_path / "history.csv").write_text(content)
+    config = loop.TrainConfig(
+        network="single", height=64, width=64, batch=1, workers=0, textures=textures, validation_textures=textures,
+        validation_size=(64, 64), validation_count=1,
+    )  # fmt: skip
+    loop.train(config, tmp_path)
+    assert len(prepared) == (0 if has_backup else 1)
+    assert (tmp_path / "history.csv").exists() == (has_backup and content is not None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--textures", "missing.npz"],
+        ["--validation-textures", "missing.npz"],
+        ["--validation-size", "60", "64"],
+        ["--initial", "missing.weights.h5"],
+        ["--initial", "missing"],
+        ["--dataset", "hd1k", "--dataset-root", "missing"],
+    ],
+)
+def test_what_is_refused_leaves_the_run_as_it_was(tmp_path, textures, single_point, capsys, options):
+    loop.write_config(tmp_path, loop.TrainConfig(network="single"), SINGLE)
+    (tmp_path / "history.csv").write_text("step,loss\n2,1\n")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    given = ["-o", str(tmp_path), *SHORT, "--textures", textures, "--validation-textures", textures]
+    assert program("train").main([*given, *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train: ") and error.count("\n") == 1
+    assert "missing" in error or "validation_size 60x64 is not a multiple" in error
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
 def test_the_predictor_scores_a_network_at_any_size():
     """Validation takes the finest flow to full resolution and pixels."""
     predictor = loop.Predictor(SHALLOW, 48, 64)
@@ -349,9 +423,12 @@ def test_the_mean_error_counts_valid_pixels_only():
     "changes, reason",
     [
         ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"height": 0}, "height must be at least 1, got 0"),
+        ({"width": -64}, "width must be at least 1, got -64"),
         ({"steps": -1}, "steps must be at least 0, got -1"),
         ({"epoch_steps": 0}, "epoch_steps must be at least 1, got 0"),
         ({"validation_count": 0}, "validation_count must be at least 1"),
+        ({"validation_size": (0, 64)}, "validation_size must be two positive numbers"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"motion": (5.0, 1.0)}, "motion must be two positive numbers"),
         ({"motion": (0.0, 1.0)}, "motion must be two positive numbers"),

@@ -26,7 +26,15 @@ from qpwc_core.model.initialization import initialize_from_data
 from qpwc_core.model.interpolator import Interpolator, middle_frame, middle_pyramid, output_levels
 from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network
-from qpwc_core.training.interpolation import photometric_loss, plain_average, pre_train, read_config, to_pixels
+from qpwc_core.training import interpolation, loop
+from qpwc_core.training.interpolation import (
+    PreTrainConfig,
+    photometric_loss,
+    plain_average,
+    pre_train,
+    read_config,
+    to_pixels,
+)
 from qpwc_core.video import VideoWriter
 
 ROOT = Path(__file__).parent.parent
@@ -268,6 +276,78 @@ def run_program(name, *arguments):
 def rows(directory):
     with (directory / "history.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture()
+def tiny(tmp_path, monkeypatch) -> PreTrainConfig:
+    """A run of a small network, without its steps."""
+    monkeypatch.setitem(OPERATING_POINTS, "tiny", TINY)
+    monkeypatch.setattr(Interpolator, "fit", lambda *args, **kwargs: None)
+    textures = tmp_path / "textures.npz"
+    save_bank(textures, procedural_bank(0, photos=6, masks=4))
+    return PreTrainConfig(
+        network="tiny", height=SIDE, width=SIDE, batch=1, steps=2, epoch_steps=2, validation_count=1,
+        textures=str(textures), validation_textures=str(textures), workers=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("has_backup", [False, True])
+@pytest.mark.parametrize("content", ["", "epoch,loss\n", "epoch,loss\n0,1\n"])
+def test_a_network_is_prepared_unless_there_is_a_state(tmp_path, tiny, monkeypatch, has_backup, content):
+    """Whatever the history says."""
+    prepared, run = [], tmp_path / "run"
+    monkeypatch.setattr(interpolation, "fit_to_scenes", lambda *args: prepared.append(args))
+    monkeypatch.setattr(interpolation, "has_backup", lambda directory: has_backup)
+    run.mkdir()
+    (run / "history.csv").write_text(content)
+    pre_train(tiny, run)
+    assert len(prepared) == (0 if has_backup else 1)
+    assert (run / "history.csv").exists() == has_backup
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"validation_textures": "missing.npz"}, "missing.npz"),
+        ({"textures": "missing.npz"}, "missing.npz"),
+        ({"videos": ("missing.mp4",)}, "missing.mp4"),
+        ({"height": 60}, "60x64 is not a multiple of the network's stride 8"),
+    ],
+)
+def test_what_is_refused_leaves_the_run_as_it_was(tmp_path, tiny, changes, reason):
+    run = tmp_path / "run"
+    loop.write_config(run, tiny, TINY)
+    (run / "history.csv").write_text("epoch,loss\n0,1\n")
+    before = {path.name: path.read_text() for path in run.iterdir()}
+    with pytest.raises((ValueError, OSError), match=reason):
+        pre_train(dataclasses.replace(tiny, **changes), run)
+    assert {path.name: path.read_text() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"height": 0}, "height must be at least 1, got 0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"epoch_steps": 0}, "epoch_steps must be at least 1, got 0"),
+        ({"validation_count": 0}, "validation_count must be at least 1, got 0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"motion": (5.0, 1.0)}, "motion must be two positive numbers"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        PreTrainConfig(**changes)
+
+
+def test_the_history_has_the_columns_of_its_header(tmp_path):
+    keep = interpolation.KeepHistory(tmp_path / "history.csv")
+    keep.on_epoch_end(0, {"val_loss": np.float32(0.5), "loss": 0.25})
+    keep.on_epoch_end(1, {"loss": 0.125, "val_loss": 2.0})
+    assert rows(tmp_path) == [
+        {"epoch": "0", "loss": "0.25", "val_loss": "0.5"}, {"epoch": "1", "loss": "0.125", "val_loss": "2.0"}
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -372,6 +372,14 @@ TRAIN, QUANTIZE = {"train": dict(SMALL)}, {"quantize": {"steps": 0}}
         ({"stages": [{"train": {"learning_rate": float("nan")}}]}, "learning_rate must be a number, got nan"),
         ({"stages": [{"train": {"dataset": "kitti"}}]}, "unknown dataset 'kitti'; did you mean 'kitti20"),
         ({"stages": [{"train": {"batch": 0}}]}, "stage 1 (train): batch must be at least 1, got 0"),
+        ({"stages": [{"train": {"height": 60}}]}, "60x384 is not a multiple of the network's stride 8"),
+        ({"stages": [{"train": {"validation_size": [60, 64]}}]}, "validation_size 60x64 is not a multiple"),
+        ({"stages": [{"pre_train": {"batch": 0}}]}, "stage 1 (pre_train): batch must be at least 1, got 0"),
+        ({"stages": [{"pre_train": {"width": 60}}]}, "stage 1 (pre_train): 192x60 is not a multiple"),
+        ({"stages": [TRAIN, {"quantize": {"batch": 0}}]}, "stage 2 (quantize): batch must be at least 1, got 0"),
+        ({"stages": [TRAIN, {"quantize": {"percentile": 300}}]}, "percentile must be above 50 and at most 100, got 300.0"),
+        ({"stages": [TRAIN, {"quantize": {"method": "foo"}}]}, "stage 2 (quantize): unknown method 'foo'; known: "),
+        ({"stages": [TRAIN, {"quantize": {"height": 60}}]}, "stage 2 (quantize): 60x256 is not a multiple"),
         ({"stages": [{"train": [1]}]}, "stage 1 (train) must be names with values, got [1]"),
         ({"stages": [{"train": None, "card": None}]}, "stage 1 must be a name or one name with its options, got {"),
         ({"stages": [QUANTIZE]}, "stage 1 (quantize): needs a train stage before it, or weights"),
@@ -397,9 +405,10 @@ TRAIN, QUANTIZE = {"train": dict(SMALL)}, {"quantize": {"steps": 0}}
 )
 def test_what_cannot_work_is_refused(tmp_path, single_point, capsys, entries, reason):
     config = write(tmp_path / "bad.yaml", entries.pop("stages", [TRAIN]), **entries)
-    assert run(tmp_path, config) == 1
-    error = one_line(capsys)
-    assert error.startswith(f"{config}: ") and reason in error
+    for options in ([], ["--check"]):
+        assert program("recipe").main([str(config), "-o", str(tmp_path / "out"), *options]) == 1
+        error = one_line(capsys)
+        assert error.startswith(f"{config}: ") and reason in error
     assert not (tmp_path / "out").exists()
 
 

@@ -83,6 +83,7 @@ class Ablation:
     def _float_weights(self, equalized: bool) -> Path:
         """What is calibrated."""
         from qpwc_core.quantization.equalization import equalize
+        from qpwc_core.training.run_files import save_weights
 
         if not equalized:
             return self.weights
@@ -90,7 +91,7 @@ class Ablation:
         if not path.exists():
             network = self._network(self.weights)
             equalize(network, self.images)
-            network.save_weights(path)
+            save_weights(network, path)
         return path
 
     def _network(self, weights: Path):
@@ -104,6 +105,7 @@ class Ablation:
         """Our export, with ranges chosen by ``method``."""
         from qpwc_core.quantization.export import export_network
         from qpwc_core.quantization.pipeline import calibrated_network
+        from qpwc_core.training.run_files import save_weights
 
         path = self._directory / f"{method}{'_equalized' if equalized else ''}.tflite"
         if path.exists():
@@ -111,7 +113,7 @@ class Ablation:
         # Equalized, if at all, once for all methods.
         config = dataclasses.replace(self.config, method=method, equalize=0, fine_range=1.0)
         weights = self._directory / f"{path.stem}.weights.h5"
-        calibrated_network(config, self.point, self._float_weights(equalized), self.images).save_weights(weights)
+        save_weights(calibrated_network(config, self.point, self._float_weights(equalized), self.images), weights)
         export_network(self.point, weights, path, quantized=True)
         return path
 

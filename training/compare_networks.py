@@ -116,10 +116,11 @@ def export(run: Run, size: tuple[int, int], config, images, path: Path) -> None:
     """
     from qpwc_core.quantization.export import export_network
     from qpwc_core.quantization.pipeline import calibrated_network
+    from qpwc_core.training.run_files import save_weights
 
     point = dataclasses.replace(run.network, height=size[0], width=size[1], sizes=(), refine=False)
     weights = path.with_suffix(".weights.h5")
-    calibrated_network(config, point, run.weights, images).save_weights(weights)
+    save_weights(calibrated_network(config, point, run.weights, images), weights)
     export_network(point, weights, path, quantized=True)
 
 

@@ -37,11 +37,8 @@ def _methods(args: argparse.Namespace) -> dict[str, evaluation.Method]:
     methods: dict[str, evaluation.Method] = {
         **evaluation.make_methods(names, refine=args.refine, enlarge=args.enlarge)
     }
-    for name, directory in args.given:
-        if name in methods:
-            raise ValueError(f"--given {name}: there is a method of that name")
-        methods[name] = evaluation.GivenFlow(directory)
-    return methods
+    given = common.directories_by_name(args.given, methods)
+    return {**methods, **{name: evaluation.GivenFlow(directory) for name, directory in given.items()}}
 
 
 def main(arguments: list[str] | None = None) -> int:

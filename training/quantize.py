@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qpwc_core.ending import end_with
+from qpwc_core.errors import QpwcError
 from qpwc_core.training.options import add_options, parse_config
 
 
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(args.bundle)
             return 0
         paths = quantize(config, output)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, QpwcError) as error:
         print(f"quantize: {error}", file=sys.stderr)
         return 1
     for precision, path in paths.items():

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -206,6 +206,25 @@ def named_directory(text: str) -> tuple[str, Path]:
     if not name or not directory:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
     return name, Path(directory)
+
+
+def directories_by_name(given: Iterable[tuple[str, Path]], taken: Iterable[str]) -> dict[str, Path]:
+    """The directories given as NAME=DIR with --given, each the method of that name.
+
+    Args:
+      given: What `named_directory` made of them.
+      taken: The names of the other methods.
+
+    Raises:
+      ValueError: Two methods have one name.
+    """
+    others = set(taken)
+    directories: dict[str, Path] = {}
+    for name, directory in given:
+        if name in others or name in directories:
+            raise ValueError(f"--given {name}: there is a method of that name")
+        directories[name] = directory
+    return directories
 
 
 def thread_count(text: str) -> int:

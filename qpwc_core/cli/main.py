@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import NoReturn, Protocol
 
-from qpwc_core.ending import EXIT_INTERRUPTED, end_at_once
+from qpwc_core.ending import EXIT_INTERRUPTED, end_at_once, terminable
 from qpwc_core.errors import QpwcError, UsageError
 
 COMMAND_GROUP = "qpwc.commands"
@@ -54,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _quiet_libraries()
     try:
-        with _terminable():
+        with terminable():
             args = _parse(argv)
             return args.command.run(args)
     except SystemExit as end:  # argparse: --help, or bad arguments
@@ -167,27 +164,6 @@ class _Broken:
 
     def run(self, args: argparse.Namespace) -> int:
         raise QpwcError(self._message)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Lets SIGTERM, and SIGHUP of a terminal that is gone, unwind the program like Ctrl-C, so that half-written files
-    are removed."""
-
-    def interrupt(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # whoever runs us there handles signals
-        yield
-        return
-    # nohup has SIGHUP ignored, and so it stays.
-    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, interrupt) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _quiet_libraries() -> None:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from qpwc_core.data.render import Sample
-from qpwc_core.geometry import leaves_frame, resize_flow
+from qpwc_core.geometry import leaves_frame, resize_flow, resize_samples
 
 # Interpolating loses a known pixel wherever a neighbour is unknown, scattering leaves gaps when enlarging:
 # above this share of known pixels the first loses less.
@@ -34,12 +34,7 @@ class CropConfig:
 
 def _resize_dense(sample: Sample, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     flow = resize_flow(np.where(sample.valid[..., None], sample.flow, np.float32(0)), height, width)
-    shrinks = height < sample.flow.shape[0] or width < sample.flow.shape[1]
-    known = cv2.resize(
-        sample.valid.astype(np.float32),
-        (width, height),
-        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
-    )
+    known = resize_samples(sample.valid.astype(np.float32), height, width)
     occluded = cv2.resize(
         sample.occluded.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT
     )
@@ -71,12 +66,7 @@ def resize(sample: Sample, height: int, width: int) -> Sample:
     """
     if sample.flow.shape[:2] == (height, width):
         return sample
-    shrinks = height < sample.flow.shape[0] or width < sample.flow.shape[1]
-    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    images = (
-        cv2.resize(image, (width, height), interpolation=interpolation)
-        for image in (sample.prev, sample.next)
-    )
+    images = (resize_samples(image, height, width) for image in (sample.prev, sample.next))
     truth = _resize_dense if sample.valid.mean() > _DENSE else _resize_sparse
     return Sample(*images, *truth(sample, height, width))
 

@@ -18,6 +18,7 @@ from qpwc_core.data.layers import (
     SceneConfig,
     lay_on_mask,
     pick_background,
+    pick_cutout,
     pick_mask,
     sample_bend,
 )
@@ -25,6 +26,8 @@ from qpwc_core.data.textures import CUTOUT_SIZE, MASK_SIZE, TextureBank
 
 # Share of the nearest visible ground's distance that the camera travels at most: nothing may pass it.
 _LARGEST_STEP = 0.3
+# What is left of an object's width when it is stretched, turned away and seen from above, but for rare cases.
+_NARROWED = 0.65
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +124,9 @@ def _object(
     extent = min(config.height, config.width) * float(np.exp(rng.uniform(*np.log(config.object_size))))
     use_cutout = len(bank.cutouts) > 0 and rng.random() < 0.5
     tile = CUTOUT_SIZE if use_cutout else MASK_SIZE
-    mask = None if use_cutout else pick_mask(rng, config, bank)
-    texture = int(rng.integers(len(bank.cutouts if use_cutout else bank.photos)))
+    narrowest = _NARROWED * extent / tile
+    mask = None if use_cutout else pick_mask(rng, config, bank, narrowest)
+    texture = pick_cutout(rng, config, bank, narrowest) if use_cutout else int(rng.integers(len(bank.photos)))
     foot = _lowest_row(bank.cutouts[texture, ..., 3] if use_cutout else bank.masks[mask])
     size = extent * depth / focal / tile
     stretch = np.exp(rng.normal(0, 0.2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,8 +35,10 @@ class SceneConfig:
         travel_share: share of the scenes of layers whose camera moves on, besides turning.
         crowd_chance: probability of a crowded scene: many things, small ones and thin ones too, at all depths, most of
             them still while the camera moves, as in a workshop or a thicket.
-        crowd_objects, crowd_size, crowd_thin, crowd_still: its ``objects``, ``object_size``, ``thin_chance`` and
-            ``still_share``.
+        crowd_objects, crowd_size, crowd_thin, crowd_still, crowd_width: its ``objects``, ``object_size``,
+            ``thin_chance``, ``still_share`` and ``least_width``.
+        least_width: how wide bars, wires and whatever else a thing consists of are at least in frame 0, in the mean
+            over it: a small thing takes no thin mask. Narrower than about a pixel it would be nowhere to be seen.
         defocus_chance, defocus_radius: probability that background or foreground is out of focus; the range
             of the disc's radius.
         blur_chance, exposure: probability of motion blur; the range of the exposure time.
@@ -67,6 +70,8 @@ class SceneConfig:
     crowd_size: tuple[float, float] = (0.04, 0.6)
     crowd_thin: float = 0.4
     crowd_still: float = 0.85
+    crowd_width: float = 1.5
+    least_width: float = 0.0
     defocus_chance: float = 0.12
     defocus_radius: tuple[float, float] = (0.8, 4.0)
     blur_chance: float = 0.15
@@ -195,8 +200,34 @@ def lay_on_mask(rng: np.random.Generator, side: int, scale: float) -> np.ndarray
     )
 
 
-def pick_mask(rng: np.random.Generator, config: SceneConfig, bank: TextureBank) -> int:
-    """Index of a mask: any, or a thin one with the config's chance."""
+def pick_mask(rng: np.random.Generator, config: SceneConfig, bank: TextureBank, zoom: float) -> int:
+    """Index of a mask that is seen ``zoom`` times as large: any, or a thin one with the config's chance.
+
+    Where it would be narrower than the config's ``least_width`` it is another one.
+    """
+    candidates = np.arange(len(bank.masks))
     if config.thin_chance and len(bank.thin_masks) and rng.random() < config.thin_chance:
-        return int(rng.choice(bank.thin_masks))
-    return int(rng.integers(len(bank.masks)))
+        candidates = bank.thin_masks
+    return _pick(rng, candidates, lambda: bank.mask_widths, config.least_width / zoom)
+
+
+def pick_cutout(rng: np.random.Generator, config: SceneConfig, bank: TextureBank, zoom: float) -> int:
+    """As ``pick_mask``, index of a cut-out."""
+    return _pick(rng, np.arange(len(bank.cutouts)), lambda: bank.cutout_widths, config.least_width / zoom)
+
+
+def _pick(
+    rng: np.random.Generator, candidates: np.ndarray, widths_of: Callable[[], np.ndarray], least: float
+) -> int:
+    """One of the candidates (indices); in place of one that is narrower than ``least`` one that is not, if there is.
+
+    What is drawn from ``rng`` does not depend on the widths, which are asked for where they matter.
+    """
+    place = int(rng.integers(len(candidates)))
+    if not least or (widths := widths_of())[candidates[place]] >= least:
+        return int(candidates[place])
+    for some in (candidates, np.arange(len(widths))):
+        wide = some[widths[some] >= least]
+        if len(wide):
+            return int(wide[place % len(wide)])
+    return int(np.argmax(widths))

@@ -29,6 +29,7 @@ from qpwc_core.data.layers import (
     SceneConfig,
     lay_on_mask,
     pick_background,
+    pick_cutout,
     pick_mask,
     sample_bend,
     sample_relief,
@@ -142,17 +143,17 @@ def _layered(
         motion = motion_of(float(depth), own, centre)
         bend = bend_of()
         opacity = rng.uniform(0.55, 0.9) if rng.random() < 0.04 else 1.0
+        narrowest = scale * min(stretch, 1 / stretch)
         if use_cutout:
-            layers.append(
-                Layer("cutout", int(rng.integers(len(bank.cutouts))), None, place, None, motion, bend, opacity)
-            )
+            cutout = pick_cutout(rng, config, bank, narrowest)
+            layers.append(Layer("cutout", cutout, None, place, None, motion, bend, opacity))
             continue
         texture_to_mask = lay_on_mask(rng, side, scale)
         layers.append(
             Layer(
                 "photo",
                 int(rng.integers(len(bank.photos))),
-                pick_mask(rng, config, bank),
+                pick_mask(rng, config, bank, narrowest),
                 place,
                 texture_to_mask,
                 motion,
@@ -219,6 +220,7 @@ def _crowded(config: SceneConfig) -> SceneConfig:
         object_size=config.crowd_size,
         thin_chance=config.crowd_thin,
         still_share=config.crowd_still,
+        least_width=config.crowd_width,
         travel_share=1.0,
         ground_own_share=1.0 - config.crowd_still,
     )

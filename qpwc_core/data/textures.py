@@ -51,9 +51,31 @@ class TextureBank:
     @functools.cached_property
     def thin_masks(self) -> np.ndarray:
         """Indices of the masks that are nowhere wider than a twelfth of the tile: bars, wires, grids."""
-        inside = (self.masks > 127).astype(np.uint8)
-        widest = np.array([2 * cv2.distanceTransform(mask, cv2.DIST_L2, 3).max() for mask in inside])
+        widest = np.array([2 * _depths(mask).max() for mask in self.masks])
         return np.flatnonzero((widest < self.masks.shape[1] / 12) & (widest > 0))
+
+    @functools.cached_property
+    def mask_widths(self) -> np.ndarray:
+        """How wide each mask's shape is in the mean, in its pixels; 0 of an empty one."""
+        return np.array([_mean_width(mask) for mask in self.masks])
+
+    @functools.cached_property
+    def cutout_widths(self) -> np.ndarray:
+        """As ``mask_widths``, of the cut-outs."""
+        return np.array([_mean_width(alpha) for alpha in self.cutouts[..., 3]])
+
+
+def _depths(shape: np.ndarray) -> np.ndarray:
+    """How far each pixel of a shape (uint8 TxT, 255 inside) is from its outside, in pixels; 0 outside."""
+    return cv2.distanceTransform((shape > 127).astype(np.uint8), cv2.DIST_L2, 3)
+
+
+def _mean_width(shape: np.ndarray) -> float:
+    """The width of a shape that is a bar or made of such: four times how deep a pixel lies in the mean."""
+    depths = _depths(shape)
+    inside = depths[depths > 0]
+    # From the middle of a pixel to the rim it is half a pixel less than to the first pixel outside.
+    return 4 * float(inside.mean() - 0.5) if len(inside) else 0.0
 
 
 def is_validation(name: str) -> bool:

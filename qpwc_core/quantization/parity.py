@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from qpwc_core.data.render import Sample
 from qpwc_core.evaluation import CLASSICAL, Estimate
 from qpwc_core.metrics import epe
 from qpwc_core.runtime.estimator import FlowEstimator
+from qpwc_core.training.run_files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,4 +98,5 @@ def report(parity: Parity) -> str:
 
 
 def write_report(parity: Parity, path: Path) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(parity), indent=2) + "\n")
+    """Raises OSError, leaving the file as it was."""
+    write_json(path, dataclasses.asdict(parity), indent=2)

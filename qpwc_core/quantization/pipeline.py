@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 from pathlib import Path
+from typing import Mapping
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from qpwc_core import atomic
 from qpwc_core.data.pipeline import flow_samples, validation_samples
+from qpwc_core.data.textures import load_bank
 from qpwc_core.model.config import NetworkConfig, network_config, network_name
 from qpwc_core.model.network import build_network
 from qpwc_core.quantization import flatbuffer, parity
-from qpwc_core.quantization.calibration import calibrate
+from qpwc_core.quantization.calibration import METHODS, calibrate
 from qpwc_core.quantization.configs import build_quantized_network, load_float_weights
 from qpwc_core.quantization.distillation import DistilledTrainer
 from qpwc_core.quantization.equalization import equalize
 from qpwc_core.quantization.export import export_network
 from qpwc_core.training import bundle, loop
+from qpwc_core.training.run_files import BACKUP, has_backup, load_weights, sha256, weights_content, write_json
 from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "models"
+
+#: In a run's directory, the weights with their measured ranges, which fine-tuning starts from.
+CALIBRATED = "calibrated.weights.h5"
+
+#: Beside it, what it was measured with; one without this, or with another content, is somebody's own.
+CALIBRATION_RECORD = "calibrated.json"
+
+#: Beside the backup of fine-tuning, what it was begun with.
+FINE_TUNING_RECORD = BACKUP / "options.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +69,7 @@ class QuantizeConfig:
     textures: str | None = None
     validation_textures: str | None = None
     calibration_pairs: int = 64
-    method: str = "percentile"
+    method: str = dataclasses.field(default="percentile", metadata={"choices": METHODS})
     percentile: float = 99.995
     equalize: int = 0
     fine_range: float = 1.0
@@ -73,10 +88,26 @@ class QuantizeConfig:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        loop.check_least(self, calibration_pairs=1)
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile must be above 50 and at most 100, got {self.percentile}")
         if not 0 < self.fine_range <= 1:
             raise ValueError(f"fine_range must be above 0 and at most 1, got {self.fine_range}")
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must lie between 0 and 1, got {self.teacher_share}")
+        self.training()  # checks its own part
+
+    def check_sizes(self, network: NetworkConfig, *, validates: bool = True) -> None:
+        """As ``TrainConfig.check_sizes``; only fine-tuning validates, the report takes pairs of every size."""
+        if not self.quantized_weights:
+            self.training().check_sizes(network, validates=validates and self.fine_tunes)
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the run trains, and resumes from a backup."""
+        return self.steps > 0 and not self.quantized_weights
 
     def training(self) -> loop.TrainConfig:
         return loop.TrainConfig(
@@ -126,12 +157,129 @@ def calibration_images(config: QuantizeConfig) -> list[np.ndarray]:
     return [np.stack([s.prev for s in group] + [s.next for s in group]) for group in groups]
 
 
+# --- Going on in a directory -----------------------------------------------------------------------------
+
+
+def _as_recorded(config: QuantizeConfig, options: tuple[str, ...], files: Mapping[str, str | Path | None]) -> dict:
+    """Options by their names, and files, which may be somewhere else next time, by their contents."""
+    values = {name: getattr(config, name) for name in options}
+    contents = {name: sha256(Path(path)) if path else None for name, path in files.items()}
+    return json.loads(json.dumps({"options": values, "files": contents}))  # as it will be read
+
+
+def _calibration(config: QuantizeConfig, weights: Path) -> dict:
+    """Whatever decides the ranges that are measured."""
+    options = ("calibration_pairs", "method", "equalize", "fine_range", "height", "width", "batch", "motion", "seed")
+    if config.method == "percentile":
+        options += ("percentile",)
+    return _as_recorded(config, options, {"weights": weights, "textures": config.textures})
+
+
+def _fine_tuning(config: QuantizeConfig, weights: Path, calibrated: Path) -> dict:
+    """Whatever decides what fine-tuning does in its steps; of these there may be more when it goes on."""
+    options = ("teacher_share", "learning_rate", "height", "width", "batch", "motion", "occluded_weight", "seed")
+    files = {CALIBRATED: calibrated, "weights": weights if config.teacher_share else None, "textures": config.textures}
+    return _as_recorded(config, options, files)
+
+
+def _read_record(path: Path) -> dict | None:
+    """What :func:`_as_recorded` gave; None where there is no file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        return {**record, "options": dict(record["options"]), "files": dict(record["files"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a record of this program ({error}); choose another directory (-o)") from error
+
+
+def _changes(before: Mapping, now: Mapping) -> str:
+    """Which options are not what they were, for people; empty: none."""
+    options = [
+        f"{name} was {before['options'].get(name)!r} and is {now['options'].get(name)!r} now"
+        for name in dict.fromkeys([*before["options"], *now["options"]])
+        if before["options"].get(name) != now["options"].get(name)
+    ]
+    files = [
+        f"{name} had other content" for name, content in now["files"].items() if before["files"].get(name) != content
+    ]
+    return ", ".join([*files, *options])
+
+
+def _measured_with(directory: Path) -> dict | None:
+    """What the ranges in ``directory`` were measured with; None where there are none, or somebody's own."""
+    record = _read_record(directory / CALIBRATION_RECORD)
+    return record if record and record.get("sha256") == sha256(directory / CALIBRATED) else None
+
+
+def _check_calibration(config: QuantizeConfig, weights: Path, directory: Path) -> None:
+    """Lets a run take the ranges in ``directory`` only if it would measure the same.
+
+    Raises:
+        ValueError: they were measured with other options.
+    """
+    before = _measured_with(directory)
+    changes = before and _changes(before, _calibration(config, weights))
+    if changes:
+        started = f" and {directory / BACKUP}, which started from it" if has_backup(directory) else ""
+        raise ValueError(
+            f"{directory} holds ranges measured with other options: {changes}; choose another directory (-o), or remove "
+            f"{directory / CALIBRATED}{started}"
+        )
+
+
+def _check_fine_tuning(config: QuantizeConfig, weights: Path, directory: Path) -> None:
+    """Lets a run resume the fine-tuning in ``directory`` only if it would do the same.
+
+    Raises:
+        ValueError: it was begun with other options, or from other ranges.
+    """
+    before = _read_record(directory / FINE_TUNING_RECORD)
+    if before is None or not has_backup(directory):
+        return
+    changes = _changes(before, _fine_tuning(config, weights, directory / CALIBRATED))
+    if changes:
+        raise ValueError(
+            f"{directory} holds fine-tuning with other options: {changes}; choose another directory (-o), or remove "
+            f"{directory / BACKUP}"
+        )
+
+
+def _check_files(config: QuantizeConfig, point: NetworkConfig, weights: Path) -> None:
+    """That what a run reads can be read: known before anything is written.
+
+    Raises:
+        ValueError, OSError: weights of another network, or no textures.
+    """
+    if config.quantized_weights:
+        if not Path(config.quantized_weights).is_file():
+            raise ValueError(f"{config.quantized_weights}: no such file")
+        load_weights(build_quantized_network(point, point.height, point.width), config.quantized_weights)
+    load_weights(build_network(point, point.height, point.width), weights)
+    for textures in dict.fromkeys([config.textures, config.validation_textures]):
+        if textures:
+            load_bank(Path(textures))
+
+
+# --- The steps -------------------------------------------------------------------------------------------
+
+
 def _calibrated(config: QuantizeConfig, point: NetworkConfig, weights: Path, directory: Path) -> Path:
     """Measures ranges, unless that has been done in ``directory``; the weights with their ranges."""
-    calibrated = directory / "calibrated.weights.h5"
+    calibrated = directory / CALIBRATED
     if calibrated.exists():
+        if _measured_with(directory) is None:
+            print(f"{calibrated}: taken as it is, whatever its ranges were measured with")
         return calibrated
-    loop.save_weights(calibrated_network(config, point, weights, calibration_images(config)), calibrated)
+    content = weights_content(calibrated_network(config, point, weights, calibration_images(config)))
+    # The record first: weights without one are taken as they are.
+    record = {**_calibration(config, weights), "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(directory / CALIBRATION_RECORD, record, indent=2)
+    atomic.write_bytes(calibrated, content)
     return calibrated
 
 
@@ -140,7 +288,7 @@ def calibrated_network(
 ) -> keras.Model:
     """The quantized network with float weights, and with ranges measured on what :func:`calibration_images` gives."""
     network = build_network(point, config.height, config.width)
-    network.load_weights(weights)
+    load_weights(network, weights)
     if config.equalize:
         equalize(network, images)
     measured = build_quantized_network(point, config.height, config.width)
@@ -158,11 +306,11 @@ def _fine_tuner(
 ) -> FlowTrainer:
     """The trainer of a calibrated network. ``weights``: the float ones, its teacher's; ``position``: see FlowTrainer."""
     quantized = build_quantized_network(point, config.height, config.width, batch=config.batch)
-    quantized.load_weights(calibrated)
+    load_weights(quantized, calibrated)
     if not config.teacher_share:
         return FlowTrainer(quantized, position=position)
     teacher = build_network(point, config.height, config.width, batch=config.batch)
-    teacher.load_weights(weights)
+    load_weights(teacher, weights)
     return DistilledTrainer(quantized, teacher, config.teacher_share, position=position)
 
 
@@ -172,6 +320,12 @@ def _fine_tuned(config: QuantizeConfig, point: NetworkConfig, weights: Path, dir
     if not config.steps:
         return calibrated
     trainer = _fine_tuner(config, point, weights, calibrated)
+    if has_backup(directory):
+        if _read_record(directory / FINE_TUNING_RECORD) is None:
+            print(f"{directory / BACKUP}: goes on, whatever it was begun with")
+    else:
+        (directory / BACKUP).mkdir(exist_ok=True)
+        write_json(directory / FINE_TUNING_RECORD, _fine_tuning(config, weights, calibrated), indent=2)
     loop.fit(trainer, point, config.training(), directory, build=build_quantized_network)
     # Not the best of its validations: what fine-tuning changes is less than what sixteen pairs can tell.
     return directory / "last.weights.h5"
@@ -188,12 +342,16 @@ def export_fine_tuning(config: QuantizeConfig, directory: Path, target: Path) ->
 
     Raises:
         ValueError: as :func:`quantize`; or no steps, or weights that are fine-tuned already.
+        OSError: as :func:`quantize`.
     """
-    if not config.steps or config.quantized_weights:
+    if not config.fine_tunes:
         raise ValueError("a bundle needs steps, and no quantized_weights: it is for fine-tuning")
     point = network_config(config.network)
+    config.check_sizes(point, validates=False)
     weights = find_weights(config)
     loop.check_directory(directory, point)
+    _check_files(config, point, weights)
+    _check_calibration(config, weights, directory)
     loop.write_config(directory, config, point)
     calibrated = _calibrated(config, point, weights, directory)
     # The runner says where the run is, by steps or by time.
@@ -207,13 +365,20 @@ def quantize(config: QuantizeConfig, directory: Path) -> dict[str, Path]:
     """Runs or resumes; returns the paths of "int8" and "float32".
 
     Raises:
-        ValueError: no weights, an unknown network, or a directory with another network's run.
+        ValueError: no weights, or another network's; an unknown network, or sizes that it does not take; a directory with
+            another network's run, or with ranges or fine-tuning of other options. It is left as it was.
+        OSError: a file cannot be read or written.
     """
     point = network_config(config.network)
+    config.check_sizes(point)
     weights = find_weights(config)
-    if config.quantized_weights and not Path(config.quantized_weights).is_file():
-        raise ValueError(f"{config.quantized_weights}: no such file")
     loop.check_directory(directory, point)
+    _check_files(config, point, weights)
+    if not config.quantized_weights:
+        _check_calibration(config, weights, directory)
+    if config.fine_tunes:
+        _check_fine_tuning(config, weights, directory)
+    # Only now: options that do not work must not replace the config of a run that does.
     loop.write_config(directory, config, point)
 
     tuned = Path(config.quantized_weights) if config.quantized_weights else _fine_tuned(config, point, weights, directory)

@@ -20,7 +20,7 @@ it stays in the bundle's ``state.npz``.
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 import re
 import shutil
 from pathlib import Path
@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from qpwc_core import atomic
 from qpwc_core.model.config import NetworkConfig, network_config
 from qpwc_core.model.network import build_network
 from qpwc_core.training.bundle_runner import CHECKPOINT, DESCRIPTION, read_arrays, read_description
@@ -39,6 +40,7 @@ from qpwc_core.training.loop import (
     start_from_data,
     trainer_of,
 )
+from qpwc_core.training.run_files import write_json
 from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 FORMAT = 1
@@ -80,6 +82,7 @@ def export_trainer(trainer: FlowTrainer, config: TrainConfig, directory: Path, *
 
     Raises:
         RuntimeError: the lowered step does not hand back what it changes.
+        OSError: something cannot be written.
     """
     signature = batch_signature(config)
     step = tf.function(trainer.update, jit_compile=True)
@@ -123,13 +126,16 @@ def export_trainer(trainer: FlowTrainer, config: TrainConfig, directory: Path, *
         "pipeline": dataclasses.asdict(config.pipeline()),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "step.stablehlo").write_text(text)
-    np.savez_compressed(directory / CHECKPOINT, **{names[id(v.handle)]: v.numpy() for v in [*variables, *unread]})
+    atomic.write_bytes(directory / "step.stablehlo", text.encode())
+    state = io.BytesIO()
+    np.savez_compressed(state, **{names[id(v.handle)]: v.numpy() for v in [*variables, *unread]})
+    atomic.write_bytes(directory / CHECKPOINT, state.getvalue())
     if config.textures:
-        shutil.copyfile(config.textures, directory / "textures.npz")
+        with atomic.replacing(directory / "textures.npz") as temporary:
+            shutil.copyfile(config.textures, temporary)
     else:  # of an earlier export
         (directory / "textures.npz").unlink(missing_ok=True)
-    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    write_json(directory / DESCRIPTION, description, indent=2)
 
 
 def plain_stablehlo(text: str) -> str:

@@ -12,6 +12,8 @@ from typing import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
+from qpwc_core import atomic
+
 Batch = dict[str, np.ndarray]
 
 #: Values of ``RunLimits.schedule``.
@@ -24,6 +26,11 @@ CHECKPOINT = "state.npz"
 
 #: Steps are queued without waiting for their results. With too many of them ahead, their batches would fill the memory.
 _STEPS_AHEAD = 4
+
+#: Options of a bundle's run that may change while it runs.
+_RESUMABLE = frozenset(
+    {"steps", "epoch_steps", "textures", "validation_textures", "validation_size", "validation_count", "workers"}
+)
 
 
 def read_description(directory: Path) -> dict:
@@ -77,11 +84,46 @@ def steps_done(directory: Path, checkpoint: Path) -> int:
     """Steps of a checkpoint of this bundle; 0 where there is none.
 
     Raises:
-        ValueError: not a bundle, or the checkpoint is damaged or of another bundle.
+        ValueError: not a bundle, or the checkpoint is damaged, or of another bundle or another export of this one.
     """
     if not checkpoint.exists():
         return 0
-    return int(read_state(directory, checkpoint)[read_description(directory)["iterations"]])
+    steps = int(read_state(directory, checkpoint)[read_description(directory)["iterations"]])
+    _check_resumes(directory, checkpoint.with_name(DESCRIPTION))
+    return steps
+
+
+def _check_resumes(directory: Path, record: Path) -> None:
+    """Lets a run go on only with the options it began with.
+
+    A bundle exported again has a state of the same shapes, so that the state alone does not tell.
+
+    Args:
+        directory: the bundle.
+        record: what its description was; may be missing.
+
+    Raises:
+        ValueError: the bundle's options are others now.
+    """
+    if not record.exists() or record.parent.resolve() == directory.resolve():
+        return
+    before, now = (_options(read_description(path)) for path in (record.parent, directory))
+    changes = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        raise ValueError(
+            f"{record.parent} holds a run of this bundle with other options: {', '.join(changes)}; choose another directory "
+            f"(-o), or remove it"
+        )
+
+
+def _options(description: Mapping) -> dict[str, object]:
+    """Whatever decides what a step does; textures travel with the bundle, whatever their path was."""
+    run = {name: value for name, value in description["run"].items() if name not in _RESUMABLE}
+    return {**run, **{name: description[name] for name in ("network", "quantized") if name in description}}
 
 
 class Bundle:
@@ -229,6 +271,8 @@ class _Training:
         self.scalars: dict[str, object] = {}
         self._log = directory / "log.csv"
         directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / DESCRIPTION).exists() or not self.checkpoint.exists():
+            atomic.write_bytes(directory / DESCRIPTION, json.dumps(bundle.description, indent=2).encode())
         if not self._log.exists():
             self._log.write_text("step,samples_per_second," + ",".join(bundle.description["outputs"]) + "\n")
 

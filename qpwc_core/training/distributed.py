@@ -35,11 +35,11 @@ from qpwc_core.training.loop import (
     check_strategy,
     make_network,
     own_errors,
-    save_weights,
     start_from_data,
     trainer_of,
     write_config,
 )
+from qpwc_core.training.run_files import Board, save_weights, set_aside
 from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 #: Opens a worker's batches, as ``worker_batches`` does: (pipeline, seed, rendering processes).
@@ -226,11 +226,13 @@ def train(config: TrainConfig, directory: Path, *, open_batches: OpenBatches = w
         open_batches: where a worker's batches, of ``config.batch`` / replicas samples, come from.
 
     Raises:
-        ValueError: an unknown network, a batch that cannot be split, a missing or malformed ``TF_CONFIG``, or
-            ``directory`` holds a run of another network or without a strategy.
+        ValueError: an unknown network, sizes that it does not take, a batch that cannot be split, a missing or malformed
+            ``TF_CONFIG``, or ``directory`` holds a run of another network or without a strategy.
         ConnectionError: another worker has ended.
+        OSError, QpwcError: as ``loop.fit``.
     """
     point = network_config(config.network)
+    config.check_sizes(point)
     strategy, index = make_strategy(config.strategy)
     chief = index == 0
     own = dataclasses.replace(config, batch=split_batch(config.batch, strategy.num_replicas_in_sync))
@@ -244,10 +246,9 @@ def train(config: TrainConfig, directory: Path, *, open_batches: OpenBatches = w
         check_directory(directory, point)
         check_strategy(directory, config.strategy)
         restored = backup.restore()
-        write_config(directory, config, point)
         samples = validation_samples(*config.validation_size, config.validation_count, config.validation_textures)
         validate = Validate(trainer, point, samples, directory)
-        callbacks = [validate, backup, keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False)]
+        callbacks = [validate, backup, Board(directory)]
         if not restored:
             start_from_data(network, config, fresh)
             trainer.reset_averages()
@@ -258,6 +259,10 @@ def train(config: TrainConfig, directory: Path, *, open_batches: OpenBatches = w
     seed = config.seed + done * 104_729 + index * _WORKER_SEED
     with open_batches(own.pipeline(), seed, config.workers) as stream:
         next(stream)  # unusable textures show here, before the long compilation
+        if chief:
+            write_config(directory, config, point)
+            if not restored:
+                set_aside(directory)
         with own_errors(stream) as batches:
             trainer.fit(
                 _own_dataset(strategy, batches, own),

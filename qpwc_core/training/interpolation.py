@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -23,12 +22,24 @@ from qpwc_core.training.loop import (
     FRESH_PAIRS,
     as_dataset,
     check_directory,
+    check_least,
+    check_motion,
+    check_size,
     fit_to_scenes,
     own_errors,
-    save_weights,
     write_config,
 )
 from qpwc_core.training.losses import masked_mean
+from qpwc_core.training.run_files import (
+    Backup,
+    Board,
+    append_row,
+    has_backup,
+    read_rows,
+    save_weights,
+    set_aside,
+    write_json,
+)
 from qpwc_core.training.trainer import make_optimizer
 
 _CHARBONNIER_EPSILON = 0.01  # about one grey level
@@ -74,10 +85,16 @@ class PreTrainConfig:
     dataset_root: str | None = None
 
     def __post_init__(self) -> None:
+        check_least(self, height=1, width=1, batch=1, steps=1, epoch_steps=1, validation_count=1, workers=0)
+        check_motion(self.motion)
         if (self.dataset is None) != (self.dataset_root is None):
             raise ValueError("a data set needs both its name (dataset) and its directory (dataset_root)")
         if self.dataset and self.videos:
             raise ValueError("give either videos or a data set, not both")
+
+    def check_sizes(self, network: NetworkConfig) -> None:
+        """Raises ValueError if the network cannot take the crops."""
+        check_size(network, self.height, self.width)
 
     def scenes(self, textures: str | None) -> PipelineConfig:
         return PipelineConfig(
@@ -153,7 +170,18 @@ class KeepWeights(keras.callbacks.Callback):
         best = json.loads(record.read_text())[self._monitor] if record.exists() else np.inf
         if logs[self._monitor] < best:
             save_weights(self._network, self._directory / "best.weights.h5")
-            record.write_text(json.dumps({"epoch": epoch + 1, self._monitor: float(logs[self._monitor])}) + "\n")
+            write_json(record, {"epoch": epoch + 1, self._monitor: float(logs[self._monitor])})
+
+
+class KeepHistory(keras.callbacks.Callback):
+    """After each epoch adds what is known of it to a table."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+
+    def on_epoch_end(self, epoch, logs=None):
+        append_row(self._path, {"epoch": epoch, **{name: logs[name] for name in sorted(logs)}})
 
 
 def read_config(directory: Path) -> tuple[PreTrainConfig, NetworkConfig]:
@@ -172,13 +200,6 @@ def read_config(directory: Path) -> tuple[PreTrainConfig, NetworkConfig]:
         raise ValueError(f"{path}: not the config of a pretraining run ({error})") from error
 
 
-def _epochs_done(history: Path) -> int:
-    if not history.exists():
-        return 0
-    with history.open() as file:
-        return sum(1 for _ in csv.DictReader(file))
-
-
 def pre_train(config: PreTrainConfig, directory: Path) -> Path:
     """Trains, or resumes what is in ``directory``; returns the path of the best flow network's weights.
 
@@ -186,10 +207,13 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
     ``history.csv``, TensorBoard logs and a backup of the whole state.
 
     Raises:
-        ValueError: an unknown network, an unusable video, or ``directory`` holds another network's run.
-        OSError, FormatError: a file cannot be read.
+        ValueError: an unknown network, crops that it does not take, an unusable video, or ``directory`` holds another
+            network's run.
+        OSError, FormatError: a file cannot be read. Like what is refused, this leaves ``directory`` as it was.
+        OSError: something cannot be written; the run resumes from its last backup.
     """
     point = network_config(config.network)
+    config.check_sizes(point)
     check_directory(directory, point)
     keras.utils.set_random_seed(config.seed)
     network = build_network(point, config.height, config.width)
@@ -204,7 +228,8 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
     )
     interpolator.optimizer.build(network.trainable_variables)
     history = directory / "history.csv"
-    done = _epochs_done(history)
+    resumed = has_backup(directory)
+    done = len(read_rows(history)) if resumed else 0
     shape = (config.batch, config.height, config.width, 3)
     signature = {name: tf.TensorSpec(shape, tf.uint8) for name in ("prev", "middle", "next")}
 
@@ -216,11 +241,14 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
     with triplet_stream(scenes, videos, config.video(), seed, config.workers, files) as stream:
         # The first batch is drawn here, where an unusable file still gives its own error.
         first = next(stream)
-        write_config(directory, config, point)
-        interpolator(first)  # builds it, so that a backup can be restored
-        if not done:
-            fit_to_scenes(network, point, scenes, config.seed, FRESH_PAIRS)
         held_back = validation_triplets(config)
+        interpolator(first)  # builds it, so that a backup can be restored
+        if not resumed:
+            fit_to_scenes(network, point, scenes, config.seed, FRESH_PAIRS)
+        # Only now: options that do not work must not replace the config of a run that does.
+        write_config(directory, config, point)
+        if not resumed:
+            set_aside(directory)
         average = tf.image.psnr(plain_average(held_back["prev"], held_back["next"]), held_back["middle"], 255)
         print(f"validation: averaging the two frames has a PSNR of {float(tf.reduce_mean(average)):.2f} dB")
         # Batches of one size, which the compiled step wants, and no triplet left over.
@@ -228,9 +256,9 @@ def pre_train(config: PreTrainConfig, directory: Path) -> Path:
         validation = tf.data.Dataset.from_tensor_slices(held_back).batch(size, drop_remainder=True)
         callbacks = [
             KeepWeights(network, directory, "val_img_0_loss"),
-            keras.callbacks.CSVLogger(str(history), append=True),
-            keras.callbacks.BackupAndRestore(str(directory / "backup"), delete_checkpoint=False),
-            keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
+            KeepHistory(history),
+            Backup(directory),
+            Board(directory),
         ]
         with own_errors(stream) as triplets:
             interpolator.fit(

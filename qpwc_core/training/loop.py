@@ -24,6 +24,18 @@ from qpwc_core.model.layers import normalize
 from qpwc_core.model.network import build_network, full_flow
 from qpwc_core.model.transfer import transfer_weights
 from qpwc_core.training.precision import PRECISIONS, with_precision
+from qpwc_core.training.run_files import (
+    BACKUP,
+    Backup,
+    Board,
+    append_row,
+    has_backup,
+    load_weights,
+    read_rows,
+    save_weights,
+    set_aside,
+    write_json,
+)
 from qpwc_core.training.trainer import FlowTrainer, LossScale, prepare_optimizer
 
 Builder = Callable[..., keras.Model]
@@ -38,7 +50,26 @@ INITIAL_PARTS = ("all", "encoder")
 STRATEGIES = ("none", "mirrored", "multi-worker")
 
 #: In a run's directory, the whole state of a run with a strategy; one without has Keras' own backup.
-STATE = Path("backup", "state.npz")
+STATE = BACKUP / "state.npz"
+
+
+def check_least(config, **least: int) -> None:
+    """Raises ValueError if an option, by its name, is less than that."""
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {getattr(config, name)}")
+
+
+def check_motion(motion: tuple[float, float]) -> None:
+    """Raises ValueError if this is no range of motion."""
+    if not 0 < motion[0] <= motion[1]:
+        raise ValueError(f"motion must be two positive numbers, the smaller first, got {motion}")
+
+
+def check_size(network: NetworkConfig, height: int, width: int, what: str = "") -> None:
+    """Raises ValueError, which begins with ``what``, if the network takes no images of this size."""
+    if height % network.stride or width % network.stride:
+        raise ValueError(f"{what}{height}x{width} is not a multiple of the network's stride {network.stride}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +152,10 @@ class TrainConfig:
     precision: str = dataclasses.field(default="float32", metadata={"choices": PRECISIONS})
 
     def __post_init__(self) -> None:
-        least = dict(batch=1, steps=0, epoch_steps=1, validation_count=1, workers=0, reuse=1, frozen_levels=0)
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        check_least(
+            self, height=1, width=1, batch=1, steps=0, epoch_steps=1, validation_count=1, workers=0, reuse=1,
+            frozen_levels=0,
+        )  # fmt: skip
         if not 0 <= self.occluded_weight <= 1:
             raise ValueError(f"occluded_weight must lie between 0 and 1, got {self.occluded_weight}")
         if not 0 < self.loss_exponent <= 1:
@@ -133,8 +164,9 @@ class TrainConfig:
             raise ValueError(f"endpoint_share must lie between 0 and 1, got {self.endpoint_share}")
         if not 0 <= self.crowd_chance <= 1:
             raise ValueError(f"crowd_chance must lie between 0 and 1, got {self.crowd_chance}")
-        if not 0 < self.motion[0] <= self.motion[1]:
-            raise ValueError(f"motion must be two positive numbers, the smaller first, got {self.motion}")
+        check_motion(self.motion)
+        if min(self.validation_size) < 1:
+            raise ValueError(f"validation_size must be two positive numbers, got {self.validation_size}")
         choices = dict(initial_part=INITIAL_PARTS, strategy=STRATEGIES, precision=PRECISIONS)
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -147,6 +179,12 @@ class TrainConfig:
             if getattr(self, name) and not self.initial:
                 raise ValueError(f"{name} needs initial, the weights it is about")
         self.pipeline()  # checks its own part
+
+    def check_sizes(self, network: NetworkConfig, *, validates: bool = True) -> None:
+        """Raises ValueError if the network cannot take the crops or, where the run ``validates``, what it validates on."""
+        check_size(network, self.height, self.width)
+        if validates:
+            check_size(network, *self.validation_size, "validation_size ")
 
     def pipeline(self) -> PipelineConfig:
         return PipelineConfig(
@@ -168,10 +206,14 @@ class TrainConfig:
 
 
 def write_config(directory: Path, config, network: NetworkConfig) -> None:
-    """Writes ``config.json``: the run's options and the network's."""
+    """Writes ``config.json``: the run's options and the network's.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     values = {"run": dataclasses.asdict(config), "network": dataclasses.asdict(network)}
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    write_json(directory / "config.json", values, indent=2)
 
 
 def batch_signature(config: TrainConfig) -> dict[str, tf.TensorSpec]:
@@ -269,27 +311,35 @@ class Validate(keras.callbacks.Callback):
             error = mean_endpoint_error(self._predictor, self._samples)
             if error < self._best():
                 save_weights(self._trainer.network, self._directory / "best.weights.h5")
-                self._best_path.write_text(json.dumps({"epoch": epoch + 1, "validation_epe": error}) + "\n")
+                write_json(self._best_path, {"epoch": epoch + 1, "validation_epe": error})
         logs["val_epe"] = error
-        history = self._directory / "history.csv"
-        if not history.exists():
-            history.write_text("step,loss,train_epe,validation_epe,validation_zero_flow,skipped\n")
         # As arrays: a variable of several replicas is no number.
         step, skipped = (int(v.numpy()) for v in (self._trainer.optimizer.iterations, self._trainer.skipped))
-        with history.open("a") as file:
-            file.write(
-                f"{step},{logs['loss']:.5f},{logs['epe']:.4f},{error:.4f},{self.zero_flow:.4f},{skipped}\n"
-            )
+        row = {
+            "step": step,
+            "loss": f"{logs['loss']:.5f}",
+            "train_epe": f"{logs['epe']:.4f}",
+            "validation_epe": f"{error:.4f}",
+            "validation_zero_flow": f"{self.zero_flow:.4f}",
+            "skipped": skipped,
+        }
+        append_row(self._directory / "history.csv", row)
 
     def _best(self) -> float:
         return json.loads(self._best_path.read_text())["validation_epe"] if self._best_path.exists() else np.inf
 
 
-def save_weights(network: keras.Model, path: Path) -> None:
-    """Writes weights so that a crash leaves the previous file whole."""
-    temporary = path.with_name("writing." + path.name)
-    network.save_weights(temporary)
-    temporary.replace(path)
+def steps_done(history: Path) -> int:
+    """Steps of a run by its ``history.csv``; 0 where there is none, or an empty one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    rows = read_rows(history)
+    try:
+        return int(rows[-1]["step"]) if rows else 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{history}: not the history of a training run") from error
 
 
 def fit(
@@ -300,32 +350,41 @@ def fit(
     *,
     build: Builder = build_network,
     prepare: Callable[[], None] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> Path:
     """Runs or resumes Keras' loop with validation, backups and TensorBoard; returns the best weights' path.
 
     Args:
         build: builds the same kind of network at the validation size.
         prepare: called before the first step of a fresh run.
+        begin: called when nothing is left that could be refused, and before anything is written.
+
+    Raises:
+        ValueError, OSError, QpwcError: textures, the data set or the validation set cannot be used.
+        OSError: something cannot be written; the run resumes from its last backup.
     """
     prepare_optimizer(trainer, config)
     samples = validation_samples(*config.validation_size, config.validation_count, config.validation_textures)
     validate = Validate(trainer, network_config, samples, directory, build)
-    backup = keras.callbacks.BackupAndRestore(str(directory / "backup"), delete_checkpoint=False)
-    board = keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False)
-    history = directory / "history.csv"
-    done = int(history.read_text().strip().splitlines()[-1].split(",")[0]) if history.exists() else 0
-    if prepare and not done:
+    # Not by the history: it may have been written where the backup after it was not.
+    resumed = has_backup(directory)
+    done = steps_done(directory / "history.csv") if resumed else 0
+    if prepare and not resumed:
         prepare()
         trainer.reset_averages()
     # A resumed run must not see the same scenes again.
     with worker_batches(config.pipeline(), config.seed + done * 104_729, config.workers) as stream:
         next(stream)  # unusable textures show here, before the long compilation
+        if begin:
+            begin()
+        if not resumed:
+            set_aside(directory)
         with own_errors(stream) as batches:
             trainer.fit(
                 as_dataset(batches, batch_signature(config)),
                 epochs=-(-config.steps // config.epoch_steps),
                 steps_per_epoch=config.epoch_steps,
-                callbacks=[validate, backup, board],
+                callbacks=[validate, Backup(directory), Board(directory)],
                 verbose=2,
             )
     with trainer.averaged():
@@ -384,10 +443,7 @@ def load_initial(network: keras.Model, config: TrainConfig) -> list[str]:
     if config.initial_vote_gain is not None:
         point = dataclasses.replace(point, vote_gain=config.initial_vote_gain)
     source = build_network(point, config.height, config.width)
-    try:
-        source.load_weights(config.initial)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{config.initial}: not weights of this network ({str(error).splitlines()[0]})") from error
+    load_weights(source, config.initial)
     return transfer_weights(source, network, "encoder_" if config.initial_part == "encoder" else "")
 
 
@@ -486,7 +542,9 @@ def train(config: TrainConfig, directory: Path) -> Path:
     TensorBoard logs and a backup of the whole state.
 
     Raises:
-        ValueError: an unknown network, or ``directory`` holds a run of another network.
+        ValueError: an unknown network, sizes that it does not take, or ``directory`` holds a run of another network.
+            Like whatever else is refused, such as a missing file, it leaves ``directory`` as it was.
+        OSError, QpwcError: as :func:`fit`.
     """
     if config.strategy != "none":
         # Here, since it has this module's parts.
@@ -494,10 +552,16 @@ def train(config: TrainConfig, directory: Path) -> Path:
 
         return distributed.train(config, directory)
     point = network_config(config.network)
+    config.check_sizes(point)
     network, fresh = make_network(config)
-    # Last: options that do not work must not replace the config of a run that does.
     check_directory(directory, point)
     check_strategy(directory, config.strategy)
-    write_config(directory, config, point)
-    trainer = trainer_of(network, config)
-    return fit(trainer, point, config, directory, prepare=lambda: start_from_data(network, config, fresh))
+    return fit(
+        trainer_of(network, config),
+        point,
+        config,
+        directory,
+        prepare=lambda: start_from_data(network, config, fresh),
+        # Only then: options that do not work must not replace the config of a run that does.
+        begin=lambda: write_config(directory, config, point),
+    )

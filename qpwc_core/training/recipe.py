@@ -263,7 +263,11 @@ def _stage(
     if strategy == "multi-worker" or (via and strategy != "none"):
         where = "on one accelerator" if via else "on one machine"
         raise ValueError(f"strategy {strategy} cannot be here: {'a bundle' if via else 'a recipe'} runs {where}")
-    return Stage(number, kind, config(**values), directory / f"{number:02d}_{kind}", via == BUNDLE)
+    made = config(**values)
+    if "network" in values:
+        # A bundle does not validate.
+        made.check_sizes(network_config(made.network), **({"validates": False} if via else {}))
+    return Stage(number, kind, made, directory / f"{number:02d}_{kind}", via == BUNDLE)
 
 
 def _check_network(source: Stage, network: str, option: str) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import datetime
 import gc
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -29,6 +28,7 @@ from qpwc_core.training import bundle, bundle_runner, card, loop
 from qpwc_core.training.interpolation import PreTrainConfig, pre_train
 from qpwc_core.training.loop import TrainConfig
 from qpwc_core.training.recipe import Recipe, Stage
+from qpwc_core.training.run_files import save_weights, sha256
 
 RECORD = "stage.json"
 METHODS = ("dis-medium", "zero")
@@ -108,17 +108,6 @@ def _run_again(stage: Stage) -> str:
     return f"to run it again, remove {stage.directory} and the stages after it"
 
 
-def _sha256(path: Path) -> str | None:
-    """None of a directory: a data set is not read twice."""
-    if not path.is_file():
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _portable(recipe: Recipe, value):
     """Options and paths as they are recorded: what is in the recipe's directory by its place there."""
     if isinstance(value, (list, tuple)):
@@ -149,7 +138,7 @@ def _named_inputs(recipe: Recipe, stage: Stage) -> Iterator[tuple[str, Path]]:
 
 
 def _hashes(recipe: Recipe, paths) -> dict[str, str | None]:
-    return {_portable(recipe, path): _sha256(path) for path in paths}
+    return {_portable(recipe, path): sha256(path) for path in paths}
 
 
 def _check_inputs(recipe: Recipe, stage: Stage) -> None:
@@ -191,10 +180,10 @@ def _checked_record(recipe: Recipe, stage: Stage) -> dict | None:
             )
     for _, path in _named_inputs(recipe, stage):
         known = record["inputs"].get(_portable(recipe, path))
-        if known and path.exists() and _sha256(path) != known:
+        if known and path.exists() and sha256(path) != known:
             raise ValueError(f"{stage.label}: {path} has changed since it was {when}; {_run_again(stage)}")
     for name, known in record["outputs"].items():
-        if _sha256(stage.directory / name) != known:
+        if sha256(stage.directory / name) != known:
             raise ValueError(f"{stage.directory / name} is missing or has changed; {_run_again(stage)}")
     return record
 
@@ -244,7 +233,7 @@ def _run_stage(recipe: Recipe, stage: Stage, before: dict | None) -> None:
         {
             **record,
             "done": True,
-            "outputs": {path.relative_to(stage.directory).as_posix(): _sha256(path) for path in outcome.outputs},
+            "outputs": {path.relative_to(stage.directory).as_posix(): sha256(path) for path in outcome.outputs},
             "seconds": round(record["seconds"] + outcome.seconds_elsewhere, 1),
             "samples": outcome.samples,
             "versions": _versions(),
@@ -317,7 +306,7 @@ def _run_bundle(stage: Stage, export: Callable[[], None]) -> tuple[int, float]:
         )
     network = bundle.network_of(stage.directory)
     bundle.load_weights(stage.directory, state, network)
-    loop.save_weights(network, stage.weights)
+    save_weights(network, stage.weights)
     return done * config.batch, _bundle_seconds(state.with_name("log.csv"), config.batch)
 
 

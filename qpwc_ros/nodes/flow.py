@@ -26,6 +26,7 @@ from qpwc_core.runtime.models import AUTO_REFINE, MODELS_ENLARGE, REFINE_CHOICES
 from qpwc_ros import diagnostics
 from qpwc_ros.codec import MAX_PIXELS
 from qpwc_ros.faults import description, let_ctrl_c_pass, one_line
+from qpwc_ros.frames import LONGEST_INTERVAL
 from qpwc_ros.nodes.reporting import Reporting
 from qpwc_ros.nodes.running import guarded, run
 from qpwc_ros.parameters import ParameterError, ParameterSpec, declare
@@ -90,14 +91,14 @@ PARAMETERS = (
         1.0,
         "Seconds between two images over which they make no pair.",
         minimum=0.001,
-        maximum=3600.0,
+        maximum=LONGEST_INTERVAL,
     ),
     ParameterSpec(
         "min_interval",
         0.0,
         "Seconds that the two images of a pair are at least apart.",
         minimum=0.0,
-        maximum=3600.0,
+        maximum=LONGEST_INTERVAL,
     ),
     ParameterSpec(
         "frame_step",
@@ -262,6 +263,7 @@ class FlowNode(Reporting, LifecycleNode):
     def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
         """Free the estimator and withdraw the outputs."""
         self._free()
+        self._failure = ""  # it was of what is freed now
         return TransitionCallbackReturn.SUCCESS
 
     def on_shutdown(self, state: Any) -> TransitionCallbackReturn:

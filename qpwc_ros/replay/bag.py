@@ -106,7 +106,8 @@ class Bag:
     Of a damaged one the readable part is yielded, and then BagError raised, which says what was lost.
 
     Args:
-        path: the bag's directory, or a .mcap, .db3 or (ROS 1) .bag file.
+        path: the bag's directory, or a .mcap, .db3 or (ROS 1) .bag file; or the same bag opened already, which is
+            closed later, and whose copy is read where one was needed.
         topic: the image topic to read; by default the only camera in the bag.
         need_images: False opens a bag also without a camera, for `messages` alone.
         no_cameras: image topics that are known to be something else, such as depth or true flow.
@@ -124,17 +125,21 @@ class Bag:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Bag,
         topic: str | None = None,
         *,
         need_images: bool = True,
         no_cameras: Collection[str] = (),
     ) -> None:
         self._no_cameras = frozenset(no_cameras)
-        self.path = Path(path)
-        self.skipped = 0
         self._stack = contextlib.ExitStack()
-        readable, losses = self._merged()
+        if isinstance(path, Bag):
+            self.path, self._whole = path.path, path._whole
+        else:
+            self.path = Path(path)
+            self._whole = self._merged()
+        self.skipped = 0
+        readable, losses = self._whole
         self._files = data_files(readable)
         self._damage: str | None = losses[0] if losses else None  # why the index cannot be used
         try:

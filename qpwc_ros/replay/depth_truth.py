@@ -54,16 +54,18 @@ class DepthSource:
 class DepthTruth(Notes):
     """Flow of a static scene, from the depth of the previous frame and the poses at both.
 
+    A bag that is open has to stay so until the last `lookup`.
+
     Raises:
         TruthError: the bag lacks one of the topics.
         BagError: the bag cannot be read.
     """
 
-    def __init__(self, path: Path, source: DepthSource, image_topic: str) -> None:
+    def __init__(self, bag: Path | Bag, source: DepthSource, image_topic: str) -> None:
         super().__init__(source.name)
         self._topics = source
-        self._path = path
-        self._pose_type, self._info_topic = _check(path, source, image_topic)
+        self._bag = bag
+        self._pose_type, self._info_topic = _check(bag, source, image_topic)
         self._axes = AXES[source.axes]
         self._poses: _Poses | None = None
         self._messages: Iterator[object] = self._read({source.depth: IMAGE, self._info_topic: CAMERA_INFO})
@@ -117,7 +119,7 @@ class DepthTruth(Notes):
         return self._camera[1]
 
     def _read(self, topics: dict[str, str]) -> Iterator[object]:
-        with Bag(self._path, need_images=False) as bag:
+        with Bag(self._bag, need_images=False) as bag:
             try:
                 yield from bag.messages(topics)
             except BagError:
@@ -157,7 +159,7 @@ class _Poses:
         return pose_matrix(first[:3] + share * (second[:3] - first[:3]), slerp(*turns, share), axes)
 
 
-def _check(path: Path, source: DepthSource, image_topic: str) -> tuple[str, str]:
+def _check(given: Path | Bag, source: DepthSource, image_topic: str) -> tuple[str, str]:
     """The type of the poses and the topic of the CameraInfo.
 
     Raises:
@@ -167,15 +169,15 @@ def _check(path: Path, source: DepthSource, image_topic: str) -> tuple[str, str]
     def beside(topic: str) -> str:
         return topic.removesuffix("/compressed").rsplit("/", 1)[0] + "/camera_info"
 
-    with Bag(path, need_images=False) as bag:
+    with Bag(given, need_images=False) as bag:
         if not bag.has(source.depth, IMAGE):
-            raise TruthError(f"{path}: has no images on {source.depth}, where the depth should be")
+            raise TruthError(f"{bag.path}: has no images on {source.depth}, where the depth should be")
         pose_type = next((kind for kind in POSES if bag.has(source.pose, kind)), None)
         if pose_type is None:
             kinds = ", ".join(kind.replace("/msg/", "/") for kind in POSES)
-            raise TruthError(f"{path}: has no poses on {source.pose} (of types {kinds})")
+            raise TruthError(f"{bag.path}: has no poses on {source.pose} (of types {kinds})")
         candidates = [source.info] if source.info else [beside(source.depth), beside(image_topic)]
         info = next((topic for topic in candidates if bag.has(topic, CAMERA_INFO)), None)
         if info is None:
-            raise TruthError(f"{path}: has no CameraInfo on {' or '.join(candidates)}")
+            raise TruthError(f"{bag.path}: has no CameraInfo on {' or '.join(candidates)}")
     return pose_type, info

@@ -23,7 +23,7 @@ from qpwc_core.cli.common import print_table
 from qpwc_core.errors import QpwcError
 from qpwc_ros.replay import evaluate, report
 from qpwc_ros.replay.bag import BagError, data_files, reason
-from qpwc_ros.replay.interrupt import heeded_interrupt, postponed_interrupt, take_for_ctrl_c
+from qpwc_ros.replay.interrupt import STOP, heeded_stop, postponed_interrupt, take_stop_for_ctrl_c
 from qpwc_ros.replay.output import METRICS, remove_partial, replaced_directory
 from qpwc_ros.replay.run import SUBJECT
 from qpwc_ros.replay.single import Options, Outcome, replay_bag
@@ -32,9 +32,6 @@ from qpwc_ros.replay.single import Options, Outcome, replay_bag
 ATTEMPTS = 2
 #: Seconds after Ctrl-C that processes have to finish their reports.
 PATIENCE = 8.0
-#: What ends a bag early in a process of its own. Not SIGINT: a terminal sends that to all processes, and to be told
-#: by the terminal and by this process would be to be told twice.
-STOP = signal.SIGUSR1
 #: Seconds between looks at what happened meanwhile.
 _LOOK = 0.1
 
@@ -238,14 +235,13 @@ def _one_by_one(tasks: Sequence[tuple], take: Take) -> None:
 
 
 def _task_in_process(*task) -> Result:
-    with heeded_interrupt():
+    with heeded_stop():
         return _task(*task)
 
 
 def _begin_process() -> None:
     """Prepare a process that replays bags."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    take_for_ctrl_c(STOP)
+    take_stop_for_ctrl_c()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 
 from qpwc_core.classical import farneback
+from qpwc_core.ending import is_terminating
 from qpwc_core.errors import QpwcError, UsageError
 from qpwc_core.machine import default_threads
 from qpwc_core.runtime.models import (
@@ -31,7 +31,6 @@ from qpwc_ros.replay.run import SUBJECT
 UNUSABLE = (ValueError, RuntimeError, cv2.error)
 FARNEBACK = "farneback"
 TFLITE = "tflite"
-_SIGNALLED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGHUP))
 # Names that mean something else in the results bag.
 _RESERVED = (SUBJECT, "image", "held_back")
 
@@ -98,8 +97,7 @@ def _told(name: str, passed: tuple[type[BaseException], ...] = ()) -> Iterator[N
         raise
     except BaseException as error:
         let_ctrl_c_pass(error)
-        # The program itself ends with this at a signal, wherever it is at that moment.
-        if isinstance(error, SystemExit) and error.code in _SIGNALLED:
+        if is_terminating(error):
             raise
         raise EstimatorError(f"estimator {name}: {one_line(error)}") from error
 

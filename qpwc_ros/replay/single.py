@@ -11,6 +11,7 @@ from pathlib import Path
 from qpwc_core.machine import default_threads
 from qpwc_core.runtime.models import AUTO_REFINE, DEFAULT_PRECISION, MODELS_ENLARGE
 from qpwc_ros.faults import description
+from qpwc_ros.frames import LONGEST_INTERVAL
 from qpwc_ros.replay import evaluate, methods, pictures, report
 from qpwc_ros.replay.bag import Bag
 from qpwc_ros.replay.depth_truth import DepthSource, DepthTruth
@@ -23,8 +24,6 @@ from qpwc_ros.replay.truth import NO_TRUTH, Truth, open_truth
 # Frames further apart than this many mean intervals are not paired: the recording has a gap there.
 GAP = 10
 LEAST_GAP_NS = 2 * 10**9
-# The node's parameter max_interval goes no further.
-MOST_GAP_LIVE_NS = 3600 * 10**9
 
 #: Opens a progress bar: (total, unit, description) to a context manager with the function to call at each step.
 Bar = Callable[[int, str, str], contextlib.AbstractContextManager[Callable[[], None]]]
@@ -192,8 +191,8 @@ def _empty(bag: str, done: Run) -> str:
 
 def _open_truth(options: Options, bag: Bag) -> Truth:
     if options.depth_truth:
-        return DepthTruth(bag.path, options.depth_truth, bag.topic)
-    return open_truth(options.truth, bag.path) if options.truth else NO_TRUTH
+        return DepthTruth(bag, options.depth_truth, bag.topic)
+    return open_truth(options.truth, bag) if options.truth else NO_TRUTH
 
 
 def _max_interval(bag: Bag, hold_back: bool) -> int:
@@ -248,7 +247,7 @@ def _live(options: Options, bag: Bag, writer: ResultsWriter, directory: Path, st
         running_node=options.node,
         image_topic=options.image_topic,
         hold_back=options.hold_back,
-        max_interval=min(_max_interval(bag, options.hold_back), MOST_GAP_LIVE_NS),
+        max_interval=min(_max_interval(bag, options.hold_back), round(LONGEST_INTERVAL * 1e9)),
         rate=options.rate,
         confidence=options.confidence,
         progress=step,

@@ -126,13 +126,14 @@ def _stamps(name: str) -> list[int] | None:
 class TopicTruth(Notes):
     """A 32FC2 topic of the bag, stamped and directed as the node's `~/flow`: from the previous frame to its own.
 
-    With a TimeReference topic `TOPIC/interval` beside it, that says which frame the flow starts at.
+    With a TimeReference topic `TOPIC/interval` beside it, that says which frame the flow starts at. A bag that is
+    open has to stay so until the last `lookup`.
 
     Raises:
         TruthError: the bag has no such topic.
     """
 
-    def __init__(self, bag: Path, topic: str) -> None:
+    def __init__(self, bag: Path | Bag, topic: str) -> None:
         super().__init__(topic)
         self._messages = _topic_messages(bag, topic)
         next(self._messages)  # opens the bag, so that a missing topic shows before anything is computed
@@ -167,11 +168,11 @@ class TopicTruth(Notes):
         return np.where(valid[..., None], flow, np.float32(0)), valid
 
 
-def _topic_messages(path: Path, topic: str) -> Iterator[object]:
+def _topic_messages(source: Path | Bag, topic: str) -> Iterator[object]:
     """First None, once the topic is found; then its messages and those of TOPIC/interval, as recorded."""
-    with Bag(path, need_images=False) as bag:
+    with Bag(source, need_images=False) as bag:
         if not bag.has(topic, IMAGE):
-            raise TruthError(f"{path}: has no images on {topic}, where the ground truth should be")
+            raise TruthError(f"{bag.path}: has no images on {topic}, where the ground truth should be")
         yield None
         try:
             for message in bag.messages({topic: IMAGE, f"{topic}/interval": TIME_REFERENCE}):
@@ -180,7 +181,7 @@ def _topic_messages(path: Path, topic: str) -> Iterator[object]:
             return  # the frames' own reader says what is damaged
 
 
-def open_truth(source: str, bag: Path) -> Truth:
+def open_truth(source: str, bag: Path | Bag) -> Truth:
     """Ground truth as `--truth` names it: a directory, else a topic of the bag.
 
     Raises:
