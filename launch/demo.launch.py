@@ -28,18 +28,26 @@ ARGUMENTS = {
     "source": ("0", "Video file, folder of images, or video device by number or path."),
     "rate": ("", "Images per second; the video's or the device's own if not given."),
     "loop": ("", "false: stop at the end of a video or folder."),
+    "width": ("", "Asked of a device, in pixels; its own if not given."),
+    "height": ("", "Asked of a device, in pixels; its own if not given."),
+    "frame_id": ("", "Frame of the images' headers; camera if not given."),
     "calibration": ("", "YAML file of camera_calibration, for camera_info."),
     "namespace": ("", "Namespace of both nodes."),
     "image": ("image", "Topic from the camera to the flow."),
+    "camera_info": ("", "Calibration topic; empty: camera_info beside the image."),
 }
 
 
 def camera_parameters(given):
     """The parameters of node `camera` by the text of all arguments."""
     # launch_ros would read "0" as a number, but it names a device.
-    values = {name: ParameterValue(given[name], value_type=str) for name in ("source", "calibration")}
-    if given["rate"]:
-        values["rate"] = number(given["rate"])
+    values = {"source": ParameterValue(given["source"], value_type=str)}
+    for name in ("frame_id", "calibration"):
+        if given[name]:
+            values[name] = ParameterValue(given[name], value_type=str)
+    for name, kind in (("rate", float), ("width", int), ("height", int)):
+        if given[name]:
+            values[name] = number(name, given[name], kind)
     if given["loop"]:
         values["loop"] = truth(given["loop"])
     return values
@@ -58,29 +66,25 @@ def refuse(context: LaunchContext):
 def start_camera(context: LaunchContext):
     """Node `camera`, once the arguments are known."""
     given = texts(context)
-    image = given["image"]
-    folder = image.rpartition("/")[0]
-    remappings = [("image", image), ("image/compressed", f"{image}/compressed")]
-    if folder:
-        remappings.append(("camera_info", f"{folder}/camera_info"))
     node = Node(
         package="qpwc_ros",
         executable="camera",
         name="camera",
         namespace=given["namespace"],
         parameters=[camera_parameters(given)],
-        remappings=remappings,
+        remappings=[(name, given[name]) for name in ("image", "camera_info") if given[name]],
         output="screen",
     )
     return [node]
 
 
-def number(text):
-    """The value of launch argument `rate`."""
+def number(name, text, kind):
+    """The value of a launch argument that is a number of this kind, float or int."""
     try:
-        return float(text)
+        return kind(text)
     except ValueError:
-        raise ValueError(f"launch argument rate:={text} is no number") from None
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"launch argument {name}:={text} is no {what}") from None
 
 
 def truth(text):

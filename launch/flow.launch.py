@@ -99,8 +99,9 @@ def logger_name(context, namespace):
 def start_node(context: LaunchContext):
     """The node, once the arguments are known."""
     given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    params_file = os.path.expanduser(given["params_file"])  # the shell leaves the ~ of params_file:=~/mine.yaml
     # launch_ros would only warn, and the node start with its defaults.
-    if not os.path.isfile(given["params_file"]):
+    if not os.path.isfile(params_file):
         raise ValueError(f"launch argument params_file:={given['params_file']} is no file")
     overrides = {name: parameter_value(name, given[name]) for name in PARAMETERS if given[name]}
     remappings = [(name, given[name]) for name in ("image", "camera_info") if given[name]]
@@ -110,7 +111,7 @@ def start_node(context: LaunchContext):
         executable="flow",
         name="flow",
         namespace=given["namespace"],
-        parameters=[given["params_file"], overrides] if overrides else [given["params_file"]],
+        parameters=[params_file, overrides] if overrides else [params_file],
         remappings=remappings,
         arguments=["--ros-args", "--log-level", log_level],
         output="screen",

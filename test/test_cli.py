@@ -132,6 +132,19 @@ def test_help_has_an_example_that_parses(command, capsys):
     assert capsys.readouterr().err.startswith("qpwc: error: unrecognized arguments: --no-such-option")
 
 
+def test_the_version_is_the_installed_ones(monkeypatch, capsys):
+    monkeypatch.setattr(metadata, "version", lambda name: f"1.2.3 of {name}")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "qpwc 1.2.3 of qpwc_ros\n"
+
+    def missing(name):
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert main(["--version"]) == 0
+    assert "not installed" in capsys.readouterr().out
+
+
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

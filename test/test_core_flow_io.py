@@ -41,6 +41,16 @@ def test_flo_bytes_are_middleburys(tmp_path):
     assert (tmp_path / "b.flo").read_bytes() == content
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".pfm"])
+def test_middleburys_mark_means_unknown_in_other_formats_too(tmp_path, suffix):
+    """As in a file made of what another program read from a .flo."""
+    path = tmp_path / f"a{suffix}"
+    write_flow(path, np.array([[[1.5, -2], [1e10, 1e10], [0, -1e10]]], np.float32))
+    flow, valid = read_flow(path)
+    np.testing.assert_array_equal(flow, [[[1.5, -2], [0, 0], [0, 0]]])
+    np.testing.assert_array_equal(valid, [[True, False, False]])
+
+
 def test_kitti_png_is_the_devkits(tmp_path):
     """u16 = value · 64 + 2^15 in the file's channels 1 and 2, validity in 3; OpenCV reverses the channels."""
     path = tmp_path / "a.png"

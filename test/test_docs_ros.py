@@ -133,6 +133,24 @@ def test_a_topic_is_remapped(folder, client, clean_client):
         play(client, "/camera/image_raw", flow)
 
 
+def test_a_listener_reads_the_flow(folder, client, clean_client):
+    """The program of docs/ros.md."""
+    (program,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "ros.md").read_text(), re.DOTALL | re.MULTILINE)
+    (folder / "listener.py").write_text(program)
+    flow = client.listen("/flow/flow", Image)
+    with NodeProcess(folder, "-r", "image:=/camera/image_raw"):
+        with (folder / "listener.txt").open("w") as out:
+            listener = subprocess.Popen([sys.executable, "listener.py"], cwd=folder, stdout=out, stderr=out)
+        try:
+            wait_until(lambda: client.node.count_subscribers("/flow/flow") == 2, 30, "the listener")
+            play(client, "/camera/image_raw", flow)
+            said = wait_until((folder / "listener.txt").read_text, 30, "a line of the listener's")
+            assert f"{SCENE.dx:+.1f} px to the right, {SCENE.dy:+.1f} px down" in said
+        finally:
+            listener.kill()
+            listener.wait()
+
+
 # With the program ros2
 
 
@@ -183,12 +201,13 @@ def test_flow_is_launched(command, folder, installed, client, clean_client):
     words = filled_in(command.words, folder, installed)
     given = dict(word.split(":=") for word in words[4:])
     topic = given.get("image", "/image")
-    flow = client.listen("/flow/flow", Image)
+    node = "/".join(["", *filter(None, [given.get("namespace")]), "flow"])
+    flow = client.listen(f"{node}/flow", Image)
     with running(words, folder, installed) as log:
-        play(client, topic, flow)
-        assert client.dump()["input"] == topic
-        for name in given.keys() - {"image", "params_file"}:
-            assert client.get(name) == given[name]
+        play(client, topic, flow, node)
+        assert client.dump(node)["input"] == topic
+        for name in given.keys() - {"image", "params_file", "namespace"}:
+            assert client.get(name, node=node) == given[name]
         if "params_file" in given:
             numbers = re.findall(
                 r"^    (\w+): ([\d.]+)$", Path(given["params_file"]).read_text(), re.MULTILINE

@@ -173,7 +173,12 @@ def test_truth_that_does_not_fit_is_said(bag, tmp_path):
     assert run_replay(path, "--estimator", "dis", "--truth", tmp_path / "truth", "--report", out) == 0
     notes = json.loads((out / "metrics.json").read_text())["notes"]
     assert any("2 could not be used, the first because it is 96x60" in note for note in notes)
-    assert any("no pair has ground truth" in note for note in notes)
+    assert any("no pair has ground truth" in note and "no stamp fits" not in note for note in notes)
+    for file in (tmp_path / "truth").iterdir():
+        write_flow(file, truth_field(), np.zeros((HEIGHT, WIDTH), bool))
+    assert run_replay(path, "--estimator", "dis", "--truth", tmp_path / "truth", "--report", out) == 0
+    (note,) = json.loads((out / "metrics.json").read_text())["notes"]
+    assert note.endswith("no stamp fits, or the flow is not known anywhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(TruthError, match="no flow file"):
         DirectoryTruth(tmp_path / "empty")

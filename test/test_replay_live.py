@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from killed import kill
 from replay_bags import START, moving_frames, run_replay, write_bag
+from rosbags.rosbag2 import Reader
 
 pytest.importorskip("rclpy")
 
@@ -154,6 +155,31 @@ def test_a_running_node_need_not_have_every_output(tmp_path, monkeypatch):
     assert f"qpwc: note: /robot/flow does not publish {missing}\n" in done.stderr
     messages = list(read_pairs(tmp_path / "out" / "results", 10**10))
     assert sum(pair.answer().flow is not None for pair in messages) >= 2
+
+
+def test_flows_that_end_no_pair_make_up_for_no_drops(tmp_path, monkeypatch):
+    """A node that runs goes by its own max_interval, and may reach over a gap of the recording."""
+    settings = environment()
+    for name in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE"):
+        monkeypatch.setenv(name, settings.setdefault(name, "LOCALHOST"))
+    stamps = [START + k * 200_000_000 + (k >= 4) * 3 * 10**9 for k in range(8)]
+    write_bag(tmp_path / "bag", moving_frames(8, DX, DY), stamps=stamps, recorded=stamps)
+    node = NodeProcess("/robot", ["-p", "estimator:=dis", "-p", "max_interval:=30.0"], tmp_path / "node.log")
+    out = tmp_path / "out"
+    try:
+        done = replay(tmp_path / "bag", "--node", "/robot/flow", "--all-frames", "--report", out)
+        assert done.returncode == 0, done.stderr
+    finally:
+        node.stop()
+    with Reader(out / "results") as results:
+        flows = {stamp for connection, stamp, _ in results.messages() if connection.topic == FLOW}
+    assert stamps[4] in flows
+    metrics = json.loads((out / "metrics.json").read_text())
+    summary = metrics["summary"]
+    answered = [pair["answered"] for pair in metrics["pairs"]]
+    assert len(answered) == summary["pairs_in"] == 6
+    assert sum(answered) == summary["flows_out"] == len(flows) - 1
+    assert summary["dropped"] == 6 - summary["flows_out"]
 
 
 def test_a_recording_that_begins_in_1970_is_played_at_once(tmp_path):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import cv2
@@ -25,7 +26,7 @@ import pytest
 import replay_bags
 from mcap.reader import make_reader
 from mcap_ros2.decoder import DecoderFactory
-from replay_bags import moving_frames, write_bag
+from replay_bags import START, moving_frames, write_bag
 from replay_bags import run_replay as replay
 
 from qpwc_core.ending import is_terminating, terminable
@@ -37,7 +38,8 @@ from qpwc_ros.replay.bag import Bag
 from qpwc_ros.replay.methods import Checked, Farneback
 from qpwc_ros.replay.offline import run_offline
 from qpwc_ros.replay.output import OutputError, replaced_directory
-from qpwc_ros.replay.results import ResultsWriter
+from qpwc_ros.replay.results import Answer, Pair, ResultsWriter
+from qpwc_ros.replay.run import SUBJECT
 
 ROOT = Path(__file__).resolve().parents[1]
 # Per frame; every second frame is held back, so the flow between those given is twice this.
@@ -242,6 +244,52 @@ def test_a_gap_in_the_recording_is_no_pair(tmp_path):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["summary"]["pairs_in"] == metrics["summary"]["flows_out"] == 3 + 3
     assert max(p["stamp"] - p["previous_stamp"] for p in metrics["pairs"]) == 2 * 10**8
+
+
+@pytest.mark.parametrize("recorder", [0, 1], ids=["recorded when taken", "recorded in one go"])
+def test_recording_of_bursts_has_pairs_within_them_alone(tmp_path, recorder):
+    """The mean time between frames is that of the gaps here: 3 s, where 0.1 s is usual."""
+    stamps = [10**18 + k * 10**8 + k // 8 * 30 * 10**9 for k in range(32)]
+    recorded = None if recorder else stamps
+    write_bag(tmp_path / "bag", moving_frames(32, 1, 0), stamps=stamps, recorded=recorded)
+    assert replay(tmp_path / "bag", "--estimator", "dis", "--report", tmp_path / "out") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    summary = metrics["summary"]
+    assert summary["pairs_in"] == summary["flows_out"] == len(metrics["pairs"]) == 4 * 3
+    assert {p["stamp"] - p["previous_stamp"] for p in metrics["pairs"]} == {2 * 10**8}
+    # The video is played as fast as the camera was within them.
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "side_by_side.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10, rel=0.01)
+
+
+def test_the_usual_interval_is_that_of_most_frames(tmp_path):
+    for number, (stamps, usual) in enumerate([
+        ([START], 0),
+        ([START, START + 7], 7),
+        ([START + k * 10**8 + (k > 2) * 10**18 // 10 for k in range(5)], 10**8),
+        ([START, START + 3 * 10**9, START + 10**9, START + 2 * 10**9, START + 3 * 10**9], 10**9),  # one leaps
+        ([0] * 4, 10**8),  # no stamps: the time of recording counts
+    ]):  # fmt: skip
+        write_bag(tmp_path / str(number), moving_frames(len(stamps), 1, 0, 32, 32), stamps=stamps)
+        with Bag(tmp_path / str(number)) as bag:
+            assert bag.interval == usual
+            assert next(bag.frames(), None) is not None  # which are still to be had from the first on
+
+
+@pytest.mark.parametrize("start, own", [(0, True), (None, True), (1, False)])
+def test_only_what_was_made_of_the_pairs_own_frames_counts(start, own):
+    """Of one from frames three times as far apart the middle is the same, but no such pair was given."""
+    frames = [replay_bags.image(frame, k) for k, frame in enumerate(moving_frames(3, DX, DY, 32, 32), start=10)]
+    vectors = np.zeros((32, 32, 2), np.float32)
+    flow = SimpleNamespace(
+        encoding="32FC2", height=32, width=32, step=256, is_bigendian=0, data=vectors.view(np.uint8).ravel()
+    )
+    answer = Answer(flow, None if start is None else 10 - start, between=[(11, frames[1])])
+    pair = Pair(10, 12, frames[0], frames[2], {SUBJECT: answer}, [(11, frames[1])])
+    assert (evaluate.pair_images(pair).subject.between is not None) == own
+    skipped = Pair(10, 12, frames[0], frames[2], {SUBJECT: Answer(between=[(11, frames[1])])}, pair.held_back)
+    images = evaluate.pair_images(skipped)
+    assert images.subject.between is None and images.held_back is None
 
 
 def test_ctrl_c_ends_the_run_with_what_was_done(bag, tmp_path):

@@ -91,6 +91,54 @@ def test_a_missing_source_is_said_once_and_tried_again(client, tmp_path, video):
         assert not refused[0] and "read-only" in refused[1]
 
 
+def test_what_belongs_to_the_image_goes_where_it_goes(client, tmp_path):
+    def published(*topics):
+        return all(client.node.count_publishers(topic) == 1 for topic in topics)
+
+    remappings = ["-r", "image:=/front/raw"]
+    with NodeProcess(tmp_path, *remappings, node="camera", source=tmp_path):
+        beside = ("/front/raw", "/front/raw/compressed", "/front/camera_info")
+        wait_until(lambda: published(*beside), 30, f"publishers of {beside}")
+    remappings += ["-r", "image/compressed:=/packed", "-r", "camera_info:=/calibration"]
+    with NodeProcess(tmp_path, *remappings, node="camera", source=tmp_path):
+        chosen = ("/front/raw", "/packed", "/calibration")
+        wait_until(lambda: published(*chosen), 30, f"publishers of {chosen}")
+
+
+@pytest.mark.parametrize("node", ["camera", "flow"])
+def test_help_tells_how_and_ends(tmp_path, node):
+    with NodeProcess(tmp_path, "--help", node=node) as process:
+        assert process.process.wait(20) == 0
+        assert process.log.startswith(f"usage: {node} --ros-args") and "image:=" in process.log
+
+
+def test_a_device_may_be_named_by_its_number(client, tmp_path):
+    with NodeProcess(tmp_path, node="camera", source=987) as node:  # which ROS reads as a number, not as text
+        assert client.diagnostics()["source"] == "987"
+        assert "/dev/video987: no such device" in node.log
+
+
+def test_parameters_that_are_none_of_the_nodes_are_named(client, tmp_path):
+    given = {"sauce": "here", "qos_overrides./image.publisher.durability": "volatile"}
+    good = {"qos_overrides./image.publisher.depth": 2, "use_sim_time": True}
+    with NodeProcess(tmp_path, node="camera", source=tmp_path, **given, **good) as node:
+        client.diagnostics()
+        (line,) = [line for line in node.log.splitlines() if "no parameter of this node" in line]
+        assert line.endswith(f": {', '.join(sorted(given))}")
+    with NodeProcess(tmp_path, thread=2, threads=1) as node:
+        wait_until(lambda: client.diagnostics()["state"] == "active", 30, "node active")
+        (line,) = [line for line in node.log.splitlines() if "no parameter of this node" in line]
+        assert line.endswith(": thread")
+
+
+@pytest.mark.parametrize(("policy", "value"), [("reliability", "best"), ("depth", -1), ("history", 1)])
+def test_quality_of_service_that_cannot_be_at_start_ends_with_one_line(tmp_path, policy, value):
+    name = f"qos_overrides./image.publisher.{policy}"
+    with NodeProcess(tmp_path, node="camera", **{name: value}) as node:
+        assert node.process.wait(20) == 2
+        assert f"parameter {name}: {value!r} is no" in node.log and len(node.log.splitlines()) == 1
+
+
 def test_an_impossible_calibration_at_start_ends_with_one_line(tmp_path):
     with NodeProcess(tmp_path, node="camera", calibration="/nowhere/mine.yaml") as node:
         assert node.process.wait(20) == 2

@@ -361,8 +361,12 @@ def test_parameters_are_described_checked_and_followed(client, tmp_path):
         ({"max_interval": "soon"}, "max_interval"),
         ({"frame_step": 0}, "frame_step"),
         ({"precision": "int7"}, "int7"),
+        ({"refine": "off"}, "refine: False is not one of auto, always, never"),
         ({"max_interval": ".nan"}, "nan is not in the range 0.001 to 3600"),
         ({"min_interval": 5}, "min_interval 5 would be over max_interval 1"),
+        ({"outputs": "[]"}, "outputs: an empty list is given"),
+        # Of a topic that is subscribed to only when somebody listens.
+        ({"qos_overrides./image.subscription.reliability": "best"}, "'best' is not one of"),
     ],
 )
 def test_an_impossible_parameter_at_start_ends_with_one_line(tmp_path, values, reason):

@@ -91,6 +91,16 @@ def test_a_parameter_file_that_is_not_there_is_named(module, tmp_path):
         module.start_node(context)
 
 
+def test_a_parameter_file_may_be_below_home(module, tmp_path, monkeypatch):
+    # bash and zsh leave the ~ of params_file:=~/mine.yaml as it is.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").touch()
+    context = launch.LaunchContext()
+    context.launch_configurations.update({name: default for name, (default, _) in module.ARGUMENTS.items()})
+    context.launch_configurations["params_file"] = "~/mine.yaml"
+    assert len(module.start_node(context)) == 1
+
+
 def start(folder, file, arguments):
     """Launch a file in a process of its own; its output goes to out.txt in the folder."""
     driver = (
@@ -202,7 +212,29 @@ def test_the_demo_ends_when_a_node_refuses_a_value(tmp_path, given):
             process.wait(20)
 
 
-@pytest.mark.parametrize("given", [{"rate": "fast"}, {"loop": "perhaps"}])
+@pytest.mark.parametrize(
+    ("given", "calibration"), [({}, "/camera_info"), ({"camera_info": "calibration"}, "/robot/calibration")]
+)
+def test_in_the_demo_both_nodes_have_the_calibration_on_one_topic(tmp_path, given, calibration):
+    arguments = {"source": str(tmp_path), "namespace": "/robot", "image": "/raw", "rectify": "true"}
+    client = Client()
+    process = start(tmp_path, DEMO, {**arguments, "estimator": "dis", "frame_id": "eye", **given})
+    try:
+        client.listen("/robot/flow/flow", Image)
+        for count in (client.node.count_publishers, client.node.count_subscribers):
+            wait_until(lambda: count(calibration) == 1, 30, f"{calibration} at both ends")
+        assert client.node.count_publishers("/raw/compressed") == 1
+        assert client.get("frame_id", node="/robot/camera") == "eye"
+    except BaseException:
+        print((tmp_path / "out.txt").read_text())
+        raise
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        client.close()
+
+
+@pytest.mark.parametrize("given", [{"rate": "fast"}, {"loop": "perhaps"}, {"width": "640.5"}])
 def test_a_value_of_the_demo_of_the_wrong_type_is_named(given):
     spec = importlib.util.spec_from_file_location("demo_launch", DEMO)
     module = importlib.util.module_from_spec(spec)

@@ -17,7 +17,7 @@ from ros_harness import (
     image,
     wait_until,
 )
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 
 START = 1_700_000_000 * SECOND
 PERIOD = SECOND // 20
@@ -64,6 +64,18 @@ def test_a_camera_that_offers_less_than_is_asked_for_is_named(client, tmp_path):
         client.await_ready("/image", "flow")
         right_flow(client, flow)
         assert client.dump()["qos_mismatches"] == "1"
+
+
+def test_a_topic_of_another_type_is_named(client, tmp_path):
+    topic = "/camera/image_raw/compressed"  # which belongs to image:=/camera/image_raw
+    client.publisher(topic, CompressedImage)
+    client.listen("/flow/flow", Image)
+    with NodeProcess(tmp_path, "-r", f"image:={topic}"):
+        values = wait_until(lambda: (v := client.dump())["level"] == "warn" and v, 30, "the warning")
+        assert values["message"].startswith(f"no image on {topic} for ")
+        assert values["message"].endswith(
+            "(1 publishers, of sensor_msgs/msg/CompressedImage where sensor_msgs/msg/Image is asked for)"
+        )
 
 
 def test_a_listener_that_asks_for_more_than_is_offered_is_named(client, tmp_path):

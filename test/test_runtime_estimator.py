@@ -243,6 +243,23 @@ def test_different_sizes_are_named(estimator):
         list(estimator.stream(images))
 
 
+def test_images_in_place_of_features_are_named(estimator, pair):
+    with pytest.raises(ValueError, match="next must be what `encode` makes of an image, got ndarray"):
+        estimator.match(estimator.encode(pair[0]), pair[1])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"refine": "never"}, "refine must be True, False or None, got 'never'"),
+        ({"delegate": "libmine.so"}, "delegate must be a Delegate or None, got 'libmine.so'"),
+    ],
+)
+def test_options_that_do_not_do_are_named(option, message):
+    with pytest.raises(ValueError, match=message):
+        FlowEstimator.load(**option)
+
+
 def test_features_of_another_model_are_refused(estimator, pair):
     other = FlowEstimator.load(precision="float32")
     with pytest.raises(ValueError, match="float32"):

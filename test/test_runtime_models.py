@@ -44,6 +44,12 @@ def test_a_path_is_taken_as_it_is(tmp_path, bundled):
     assert read_model_info(path).precision == "int8"
 
 
+def test_a_path_may_be_below_home(tmp_path, monkeypatch, bundled):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.tflite").write_bytes(bundled)
+    assert find_model("~/mine.tflite") == tmp_path / "mine.tflite"
+
+
 def test_models_are_found_beside_other_packages(tmp_path, monkeypatch, bundled):
     directory = tmp_path / "share" / "qpwc_ros" / "models"
     directory.mkdir(parents=True)

@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Dense optical flow and in-between frames from a small int8 network.",
         epilog="example: qpwc flow prev.png next.png -o out.flo --color out.png",
     )
+    parser.add_argument("--version", action="version", version=f"qpwc {_version()}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in _commands().items():
         subparser = subparsers.add_parser(
@@ -124,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(subparser)
         subparser.set_defaults(command=command)
     return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("qpwc_ros")
+    except metadata.PackageNotFoundError:
+        return "from a source tree, not installed"
 
 
 def _commands() -> dict[str, Command]:

@@ -16,6 +16,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 
+from qpwc_core.data.geometric import meaningful
 from qpwc_core.data.render import Sample
 from qpwc_core.errors import FormatError
 from qpwc_core.flow_io import read_flow
@@ -55,7 +56,8 @@ class Pair:
     def read(self) -> Sample:
         """Opens the files.
 
-        Pixels whose flow points out of the frame count as occluded; others do where the data set says so.
+        Pixels whose flow points out of the frame count as occluded; others do where the data set says so. Vectors of
+        absurd length are not valid.
 
         Raises:
             OSError: a file is missing.
@@ -65,6 +67,7 @@ class Pair:
         next_ = self._sized(self.next, read_image(self.next), prev)
         flow, valid = self._truth()
         self._sized(self.flow, flow, prev)
+        valid &= meaningful(flow)
         if self.invalid:
             valid &= ~self._mask(self.invalid, prev)
         flow[~valid] = 0

@@ -134,10 +134,13 @@ class BagFrames:
 
     def _decode(self, message) -> np.ndarray:
         if self._topic.msgtype == _COMPRESSED:
-            image = cv2.imdecode(message.data, cv2.IMREAD_COLOR) if message.data.size else None
+            # As the camera took it: a turn in its EXIF data is made by no other reader of recordings either.
+            flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+            image = cv2.imdecode(message.data, flags) if message.data.size else None
             if image is None:
                 raise FormatError(f"{self._path}: holds a compressed image that cannot be read")
-            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            # Some cameras' files hold the colours in the other order, which `format` tells.
+            return image if "compressed rgb" in message.format else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         if message.encoding not in _TO_RGB:
             raise FormatError(f"{self._path}: encoding {message.encoding!r}; read are {', '.join(_TO_RGB)}")
         channels, conversion = _TO_RGB[message.encoding]

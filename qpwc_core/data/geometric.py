@@ -81,6 +81,14 @@ def crop(sample: Sample, y: int, x: int, height: int, width: int) -> Sample:
     return Sample(prev, next_, flow, valid, occluded | (valid & leaves_frame(flow)))
 
 
+def meaningful(flow: np.ndarray) -> np.ndarray:
+    """Where a flow (HxWx2) has a length that a motion can have: bool HxW; false for NaN.
+
+    Where a surface passes the camera, FlyingThings3D has vectors of a million pixels.
+    """
+    return (np.abs(flow) < _LONGEST * max(flow.shape[:2])).all(axis=-1)
+
+
 def random_crop(
     sample: Sample, height: int, width: int, rng: np.random.Generator, config: CropConfig
 ) -> Sample:
@@ -97,7 +105,5 @@ def random_crop(
         for side, length, factor in zip((height, width), whole, (scale / stretch, scale * stretch))
     ]
     y, x = (int(rng.integers(0, length - side + 1)) for length, side in zip(whole, part))
-    meaningful = (np.abs(sample.flow) < _LONGEST * max(whole)).all(axis=-1)
-    return resize(
-        crop(dataclasses.replace(sample, valid=sample.valid & meaningful), y, x, *part), height, width
-    )
+    valid = sample.valid & meaningful(sample.flow)
+    return resize(crop(dataclasses.replace(sample, valid=valid), y, x, *part), height, width)

@@ -120,7 +120,7 @@ class Engine:
         Raises:
           ModelError: The file is damaged or needs operations this runtime lacks.
           QpwcError: No runtime is installed, or the delegate cannot be loaded.
-          ValueError: Too few or too many threads, or no whole number of them.
+          ValueError: Too few or too many threads, no whole number of them, or `delegate` is no Delegate.
         """
         try:
             threads = operator.index(threads)
@@ -128,6 +128,8 @@ class Engine:
             raise ValueError(f"threads must be a whole number, got {threads!r}") from None
         if not 1 <= threads <= MAX_THREADS:
             raise ValueError(f"threads must be from 1 to {MAX_THREADS}, got {threads}")
+        if not (delegate is None or isinstance(delegate, Delegate)):
+            raise ValueError(f"delegate must be a Delegate or None, got {delegate!r}")
         runtime, self.name = import_runtime()
         _warn_if_processor_is_hidden()
         resolver = runtime.OpResolverType

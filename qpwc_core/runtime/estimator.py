@@ -69,6 +69,8 @@ class FlowEstimator:
         if enlarge is not None:
             check_enlarge(enlarge)
             info = replace(info, enlarge=float(enlarge))
+        if refine not in (None, True, False):  # "never", which the node's parameter may be, would count as true
+            raise ValueError(f"refine must be True, False or None, got {refine!r}")
         self.info = info
         self.refines = info.refine if refine is None else refine
         self.threads = default_threads() if threads is None else threads
@@ -108,7 +110,8 @@ class FlowEstimator:
         Raises:
           ModelError: The model is missing, damaged, or not one of this project's.
           QpwcError: No TFLite runtime is installed, or the delegate cannot be loaded.
-          ValueError: Unknown precision, threads out of 1 to 256, or `enlarge` is no number from 1 up.
+          ValueError: Unknown precision, threads out of 1 to 256, `enlarge` is no number from 1 up, or `refine` or
+            `delegate` is something else.
         """
         model = models.default_model() if model is None else model
 
@@ -185,9 +188,11 @@ class FlowEstimator:
         """Flow between two encoded images of one size: float32 (H, W, 2), as `__call__`.
 
         Raises:
-          ValueError: The images differ in size, or another model or one that does not refine encoded them.
+          ValueError: The images differ in size, another model or one that does not refine encoded them, or none did.
         """
         for name, features in (("prev", prev), ("next", next)):
+            if not isinstance(features, Features):
+                raise ValueError(f"{name} must be what `encode` makes of an image, got {type(features).__name__}")
             if features._info != self.info:
                 raise ValueError(f"{name} was encoded by {features._info.path}, not by {self.info.path}")
             if self.refines and features._images is None:

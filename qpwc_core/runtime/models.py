@@ -179,7 +179,8 @@ def find_model(name_or_path: str | os.PathLike[str], precision: str = DEFAULT_PR
     """The file of a model.
 
     Args:
-      name_or_path: A bundled model's name, or a path (recognized by its suffix .tflite).
+      name_or_path: A bundled model's name, or a path (recognized by its suffix .tflite). A ~ at its beginning is the
+        home directory: in a parameter file, or after `model:=`, no shell makes it so.
       precision: "int8" or "float32"; "auto" finds the int8 one; of no effect for a path.
 
     Raises:
@@ -191,7 +192,7 @@ def find_model(name_or_path: str | os.PathLike[str], precision: str = DEFAULT_PR
     if precision == AUTO_PRECISION:
         precision = DEFAULT_PRECISION
     if is_path(name_or_path):
-        path = Path(name_or_path)
+        path = Path(os.path.expanduser(name_or_path))
         if not path.is_file():
             raise ModelError(f"{path}: no such model file")
         return path

@@ -23,7 +23,8 @@ from qpwc_ros.codec import fill_compressed, fill_image
 from qpwc_ros.faults import one_line
 from qpwc_ros.nodes.reporting import Reporting
 from qpwc_ros.nodes.running import run
-from qpwc_ros.parameters import ParameterError, ParameterSpec, declare
+from qpwc_ros.nodes.topics import camera_info_topic, compressed_topic
+from qpwc_ros.parameters import ParameterError, ParameterSpec, check_qos_overrides, declare
 from qpwc_ros.sources import Source, SourceError, open_source
 
 PARAMETERS = (
@@ -81,13 +82,15 @@ class CameraNode(Reporting, Node):
         super().__init__(node_name, **options)
         for spec in PARAMETERS:
             declare(self, spec)
+        check_qos_overrides(self)
         self._calibration = self._read_calibration()
         self.state = "starting"
         self._failure = ""
         self._size = ""
         self._image = self._advertise(Image, "image")
-        self._compressed = self._advertise(CompressedImage, "image/compressed")
-        self._info = self._advertise(CameraInfo, "camera_info")
+        self._compressed = self._advertise(CompressedImage, compressed_topic(self))
+        self._info = self._advertise(CameraInfo, camera_info_topic(self))
+        self._name_unknown_parameters()
         self._start_diagnostics()
         self._stopping = threading.Event()
         # Daemon: a hung driver must not keep the process from ending.

@@ -29,7 +29,8 @@ from qpwc_ros.faults import description, let_ctrl_c_pass, one_line
 from qpwc_ros.frames import LONGEST_INTERVAL
 from qpwc_ros.nodes.reporting import Reporting
 from qpwc_ros.nodes.running import guarded, run
-from qpwc_ros.parameters import ParameterError, ParameterSpec, declare
+from qpwc_ros.nodes.topics import camera_info_topic, compressed_topic
+from qpwc_ros.parameters import ParameterError, ParameterSpec, check_qos_overrides, declare
 from qpwc_ros.pipeline import Arrival, Pipeline
 from qpwc_ros.plugins import registry
 from qpwc_ros.plugins.base import Estimator, Output
@@ -56,8 +57,8 @@ ESTIMATOR_PARAMETERS = (
     ParameterSpec(
         "enlarge",
         MODELS_ENLARGE,
-        "How much larger than a small image the network's input should be; 1: small images are fast; 0: as the model "
-        "says (1.3).",
+        "How much larger than a small image the network's input should be, from 1 (small images are fast) up; 0: as the "
+        "model says (1.3).",
         minimum=0.0,
         maximum=4.0,
     ),
@@ -161,6 +162,7 @@ class FlowNode(Reporting, LifecycleNode):
         refusal = self._intervals_refusal({})
         if refusal:
             raise ParameterError(f"parameter {refusal}")
+        check_qos_overrides(self)
         self.add_on_set_parameters_callback(self._check_parameters)
 
         self._start_diagnostics()
@@ -245,6 +247,7 @@ class FlowNode(Reporting, LifecycleNode):
             return TransitionCallbackReturn.FAILURE
         self._pipeline.disabled = dict(self._output_errors)
         self._follow_outputs()
+        self._name_unknown_parameters()  # only now: an output may have declared some of its own
         self.state = "inactive"
         return TransitionCallbackReturn.SUCCESS
 
@@ -400,26 +403,20 @@ class FlowNode(Reporting, LifecycleNode):
             self._last_image = time.monotonic()
         if self._pipeline.wants_camera_info():
             if self._camera_info_subscription is None:
-                topic = self._camera_info_topic()
+                topic = camera_info_topic(self)
                 self._camera_info_subscription = self._subscribe(CameraInfo, topic, self._on_camera_info)
         else:
             self._unsubscribe_camera_info()
 
     def _image_topic(self, transport: str) -> str:
-        image = self.resolve_topic_name("image")
-        if transport == "raw":
-            return image
-        # Unless it is remapped itself, the compressed topic goes where `image` goes, as in image_transport.
-        return self._unless_remapped("image/compressed", image + "/compressed")
+        return self.resolve_topic_name("image") if transport == "raw" else compressed_topic(self)
 
-    def _camera_info_topic(self) -> str:
-        # Unless it is remapped itself, beside the image, where every camera driver has it.
-        beside = self.resolve_topic_name("image").rpartition("/")[0] + "/camera_info"
-        return self._unless_remapped("camera_info", beside)
-
-    def _unless_remapped(self, name: str, otherwise: str) -> str:
-        resolved = self.resolve_topic_name(name)
-        return resolved if resolved != self.resolve_topic_name(name, only_expand=True) else otherwise
+    def _publishers_of(self, topic: str, transport: str) -> str:
+        """How many publishers an image topic has, and what they publish where that is nothing for this node."""
+        wanted = f"sensor_msgs/msg/{'Image' if transport == 'raw' else 'CompressedImage'}"
+        kinds = [publisher.topic_type for publisher in self.get_publishers_info_by_topic(topic)]
+        others = ", ".join(sorted({kind for kind in kinds if kind != wanted}))
+        return f"{len(kinds)} publishers" + (f", of {others} where {wanted} is asked for" if others else "")
 
     def _pick_transport(self) -> str:
         chosen = self._parameter("transport")
@@ -434,11 +431,12 @@ class FlowNode(Reporting, LifecycleNode):
     def _subscribe_camera(self, transport: str) -> Any:
         compressed = transport == "compressed"
         topic = self._image_topic(transport)
-        self.get_logger().info(f"listening to {topic}")
         # Anew for each subscription: what is published while nobody listens is not missed.
         self._gaps, self._numbered = SequenceGaps(), False
         callback = with_info(functools.partial(self._on_image, compressed))
-        return self._subscribe(CompressedImage if compressed else Image, topic, callback)
+        subscription = self._subscribe(CompressedImage if compressed else Image, topic, callback)
+        self.get_logger().info(f"listening to {topic}")
+        return subscription
 
     def _subscribe(self, msg_type: type, topic: str, callback: Callable[[Any], None]) -> Any:
         qos = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -540,8 +538,7 @@ class FlowNode(Reporting, LifecycleNode):
         silence = time.monotonic() - self._last_image
         if silence > SILENCE:
             topic = self._image_topic(camera[0])
-            publishers = self.count_publishers(topic)
-            return "warn", f"no image on {topic} for {silence:.0f} s ({publishers} publishers)"
+            return "warn", f"no image on {topic} for {silence:.0f} s ({self._publishers_of(topic, camera[0])})"
         return "ok", f"{self.statistics.rate():.1f} pairs/s"
 
     def _diagnostic_values(self) -> dict[str, str]:

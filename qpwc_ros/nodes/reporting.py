@@ -13,6 +13,7 @@ from std_srvs.srv import Trigger
 from qpwc_ros import diagnostics
 from qpwc_ros.faults import one_line
 from qpwc_ros.nodes.running import guarded
+from qpwc_ros.parameters import unknown_parameters
 from qpwc_ros.statistics import Statistics
 
 DIAGNOSTICS_PERIOD = 1.0
@@ -34,6 +35,7 @@ class Reporting:
         super().__init__(*args, **options)
         self.statistics = Statistics()
         self._last_logged: dict[str, float] = {}
+        self._unknown_named = False
         # Not the node's clock: with use_sim_time it stands still until somebody publishes /clock.
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
 
@@ -54,6 +56,13 @@ class Reporting:
     def _hardware_id(self) -> str:
         """What the diagnostics are about."""
         raise NotImplementedError
+
+    def _name_unknown_parameters(self) -> None:
+        """Say once which of the parameters given at start mean nothing here."""
+        unknown = unknown_parameters(self)
+        if unknown and not self._unknown_named:
+            self._unknown_named = True
+            self.get_logger().warning(f"given, but no parameter of this node: {', '.join(unknown)}")
 
     def report(self, problem: str, text: str) -> None:
         """Count a problem, and log it unless one of its kind was logged just now."""

@@ -27,6 +27,14 @@ from qpwc_ros.share import use_large_shared_memory
 _ROS_REFUSALS = (rclpy_implementation.RCLError, rclpy_implementation.UnknownROSArgsError)
 
 
+_HELP = """\
+usage: {name} --ros-args [-r image:=TOPIC] [-p PARAMETER:=VALUE] [--params-file FILE] ...
+
+Topics and parameters: docs/reference.md, or of a running node
+    ros2 node info /{name}
+    ros2 param describe /{name} PARAMETER"""
+
+
 def guarded(callback: Callable[..., Any]) -> Callable[..., Any]:
     """A node's method that reports its exceptions instead of raising: one raised in a callback ends spinning.
 
@@ -63,6 +71,9 @@ def run(make_node: Callable[[], Any], name: str, args: list[str] | None = None) 
 
 
 def _run(make_node: Callable[[], Any], name: str, args: list[str] | None) -> int:
+    if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):  # ROS itself would just start the node
+        print(_HELP.format(name=name))
+        return 0
     use_large_shared_memory()
     node, initialized = None, False
     # Not rclpy's own handlers: they shut the context down at once, under a worker that may be publishing.

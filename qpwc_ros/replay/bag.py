@@ -8,7 +8,8 @@ import struct
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import islice, pairwise
 from pathlib import Path
 
 from rosbags.highlevel import AnyReader
@@ -28,6 +29,8 @@ END_NS = 2**31 * NS
 #: where several in a row are behind by as much, the clock was set back. Queues, a driver's hiccups and clocks that
 #: drift or are slewed do not make as much.
 LEAP_NS = 10 * NS
+# So many frames say what time usually is between two.
+USUAL = 31
 
 
 class BagError(QpwcError):
@@ -83,7 +86,6 @@ class _Indexed:
             counts.setdefault(c.topic, Stream(c.topic, c.msgtype)).count += c.msgcount
         self.streams = list(counts.values())
         self.ros1 = not self._reader.is2
-        self.duration = max(0, self._reader.duration)
 
     def messages(self, topics: set[str]) -> Iterator[Message]:
         wanted = [c for c in self._reader.connections if c.topic in topics]
@@ -189,10 +191,18 @@ class Bag:
         """Whether the frames are CompressedImage."""
         return self.message_type == COMPRESSED_IMAGE
 
-    @property
+    @cached_property
     def interval(self) -> int:
-        """Mean time between frames in ns; 0 with fewer than two."""
-        return self._source.duration // (self.count - 1) if self.count > 1 else 0
+        """Usual time between frames in ns: the median of the first ones; 0 with fewer than two.
+
+        A mean would not do: with few frames, or many gaps, it is the gaps that make it.
+        """
+        stamps: list[int] = []
+        with contextlib.suppress(Exception):  # a damaged bag: frames() says so
+            for _, msgtype, recorded, raw in islice(self._source.messages({self.topic}), USUAL):
+                stamps.append(stamp_ns(self._source.deserialize(raw, msgtype)) or recorded)
+        steps = sorted(after - before for before, after in pairwise(stamps) if after > before)
+        return steps[len(steps) // 2] if steps else 0
 
     def has(self, topic: str, msgtype: str) -> bool:
         """Whether there are messages of this type on a topic."""

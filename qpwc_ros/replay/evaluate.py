@@ -152,30 +152,29 @@ def pair_images(pair: Pair, methods: Sequence[str] = (SUBJECT,)) -> PairImages:
     """Decode a pair.
 
     Of several held-back frames the one nearest to the middle is taken, and the in-between frame nearest to
-    it. A flow that starts at another frame, because the estimator skipped one, and an in-between frame of
-    another time than the held-back one's are left out.
+    it. What the estimator made from other frames, because it skipped one, and an in-between frame of another
+    time than the held-back one's are left out.
     """
     interval = pair.stamp - pair.previous_stamp
     middle = pair.previous_stamp + interval // 2
     held_back = _nearest(pair.held_back, middle, interval / 2)
     chosen: dict[str, tuple[int, object] | None] = {}
     for method in methods:
-        between = pair.answer(method).between
+        between = pair.own_between(method)
         chosen[method] = _nearest(between, held_back[0], TIME_TOLERANCE * interval) if held_back else None
     if not any(chosen.values()):
         # Nothing was made for the time of the held-back frame; what was made is worth showing all the same.
         held_back = None
-        chosen = {m: _nearest(pair.answer(m).between, middle, interval / 4) for m in methods}
+        chosen = {m: _nearest(pair.own_between(m), middle, interval / 4) for m in methods}
     return PairImages(
         previous=pixels(pair.previous),
         next=pixels(pair.next),
         held_back=pixels(held_back[1]) if held_back else None,
-        answers={m: _answer_images(pair.answer(m), pair.previous_stamp, chosen[m]) for m in methods},
+        answers={m: _answer_images(pair.answer(m), pair.is_direct(m), chosen[m]) for m in methods},
     )
 
 
-def _answer_images(answer: Answer, previous_stamp: int, between: tuple[int, object] | None) -> AnswerImages:
-    direct = answer.flow is not None and answer.flow_from in (None, previous_stamp)
+def _answer_images(answer: Answer, direct: bool, between: tuple[int, object] | None) -> AnswerImages:
     confidence = answer.confidence if direct else None
     return AnswerImages(
         flow=flow_array(answer.flow) if direct else None,

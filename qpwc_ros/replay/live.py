@@ -385,8 +385,10 @@ class _Answers:
         if topic == FLOW:
             if stamp not in self.sent:
                 return  # an answer to somebody else's frame, where the node is not ours alone
-            self._run.latency[stamp] = now - self.sent[stamp]
-            self._run.last = now
+            # A node that ran before may have a frame of its own to pair our first one with, or reach over a gap.
+            if self._run.ends_pair(stamp):
+                self._run.latency[stamp] = now - self.sent[stamp]
+                self._run.last = now
         self.last_heard = now
         self._recorder.put(lambda: self._writer.write(topic, OUTPUT_TYPES[topic], stamp, raw))
         if topic == BETWEEN:
@@ -551,8 +553,8 @@ def _play(
             recorder.put(lambda frame=frame: waiting.add(frame))
         else:
             answers.sent[frame.stamp] = now = time.monotonic()
-            link.publish(frame)
             run.give(frame.stamp, now)
+            link.publish(frame)
             recorder.put(lambda frame=frame: writer.write_frame(frame, held_back=False))
         recorder.check()
         if process is not None:

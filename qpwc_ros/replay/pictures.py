@@ -120,7 +120,7 @@ def draw(
         return [], []
     scale = motion_scale(subject)
     chosen = {name: choose(rows, TYPICAL if name == SUBJECT else 0) for name, rows in figures.items()}
-    seconds = (subject[-1].stamp - subject[0].previous_stamp) / 1e9
+    seconds = sum(figure.stamp - figure.previous_stamp for figure in subject) / 1e9  # without the gaps
     rate = len(subject) / seconds
     pairs: list[ChosenPair] = []
     notes: list[str] = []

@@ -169,6 +169,18 @@ class Pair:
         """What a method said; empty where it said nothing."""
         return self.answers.get(method) or Answer()
 
+    def is_direct(self, method: str = SUBJECT) -> bool:
+        """Whether a method answered with the flow between these two frames, and skipped none."""
+        answer = self.answer(method)
+        return answer.flow is not None and answer.flow_from in (None, self.previous_stamp)
+
+    def own_between(self, method: str = SUBJECT) -> list[tuple[int, object]]:
+        """The in-between frames that a method made from these two frames.
+
+        One made from frames further apart may be of the same time, when an odd number was skipped.
+        """
+        return self.answer(method).between if self.is_direct(method) else []
+
 
 def read_pairs(path: Path, max_interval: int, methods: Iterable[str] = (SUBJECT,)) -> Iterator[Pair]:
     """Yield the pairs of a results bag one by one, in order; a pair without an answer has flow None.

@@ -75,6 +75,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     _last_given: int | None = None
+    _ends: set[int] = field(default_factory=set)
 
     def give(self, stamp: int, now: float) -> None:
         """Count a frame that goes to the estimator at `now` (monotonic seconds)."""
@@ -83,7 +84,12 @@ class Run:
             self.first = now
         if self._last_given is not None and stamp - self._last_given <= self.max_interval:
             self.pairs += 1
+            self._ends.add(stamp)
         self._last_given = stamp
+
+    def ends_pair(self, stamp: int) -> bool:
+        """Whether a frame given, of this stamp, is the second one of a pair."""
+        return stamp in self._ends
 
     def leave_out(self, reason: str) -> None:
         """Count a frame that went to the estimator and is of no use."""

@@ -66,13 +66,9 @@ class Salvage:
             except OSError as error:
                 self.losses.append(f"{path.name}: {error.strerror or error}")
         found: dict[str, Stream] = {}
-        first, last = None, None
-        for topic, msgtype, recorded, _ in self._scan(self.losses.append):
+        for topic, msgtype, _, _ in self._scan(self.losses.append):
             found.setdefault(topic, Stream(topic, msgtype)).count += 1
-            first = recorded if first is None else min(first, recorded)
-            last = recorded if last is None else max(last, recorded)
         self.streams = list(found.values())
-        self.duration = last - first if first is not None else 0
         self.ros1 = any(path.suffix == ".bag" for _, path in self._files)
         self._store = get_typestore(Stores.ROS1_NOETIC if self.ros1 else Stores.ROS2_KILTED)
 

@@ -21,7 +21,7 @@ from qpwc_ros.replay.results import ResultsWriter
 from qpwc_ros.replay.run import SUBJECT, Run
 from qpwc_ros.replay.truth import NO_TRUTH, Truth, open_truth
 
-# Frames further apart than this many mean intervals are not paired: the recording has a gap there.
+# Frames further apart than this many usual intervals are not paired: the recording has a gap there.
 GAP = 10
 LEAST_GAP_NS = 2 * 10**9
 
@@ -160,7 +160,8 @@ def _report(
         )
     done.notes += truth.notes + notes
     if options.truth_name and not summaries[SUBJECT]["pairs_with_truth"]:
-        done.notes.append(f"no pair has ground truth in {options.truth_name}: no stamp fits")
+        why = "see above" if truth.notes else "no stamp fits, or the flow is not known anywhere"
+        done.notes.append(f"no pair has ground truth in {options.truth_name}: {why}")
     differences = evaluate.differences(figures)
     for number, pair in enumerate(chosen, 1):
         pictures.save(pair, directory, number)
