@@ -7,6 +7,7 @@ All resizing uses half-pixel centres: pixel i of n covers [i, i + 1) of the side
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,8 @@ import numpy as np
 
 #: Scales that differ by less count as equal: 640x360 may become 640x352.
 _SCALE_TOLERANCE = 0.05
+#: Pixels a side at most of what `warp_image` takes: cv2.remap counts them in 16 bits.
+MAX_WARPED_SIDE = 32_766
 
 
 def check_flow(flow: np.ndarray, name: str = "flow") -> None:
@@ -111,11 +114,13 @@ def warp_image(image: np.ndarray, flow: np.ndarray, *, cubic: bool = False) -> n
         half a pixel.
 
     Raises:
-      ValueError: The two differ in height or width.
+      ValueError: The two differ in height or width, or a side is longer than MAX_WARPED_SIDE.
     """
     check_flow(flow)
     if image.shape[:2] != flow.shape[:2]:
         raise ValueError(f"image and flow differ in size: {image.shape[:2]} and {flow.shape[:2]}")
+    if max(flow.shape[:2]) > MAX_WARPED_SIDE:
+        raise ValueError(f"at most {MAX_WARPED_SIDE} pixels a side can be warped, got {flow.shape[:2]}")
     target = np.add(pixel_grid(*flow.shape[:2]), flow, dtype=np.float32)
     kernel = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
     return cv2.remap(image, target, None, kernel, borderMode=cv2.BORDER_REPLICATE)
@@ -123,8 +128,8 @@ def warp_image(image: np.ndarray, flow: np.ndarray, *, cubic: bool = False) -> n
 
 def check_enlarge(enlarge: float) -> None:
     """Raises ValueError unless it is a number from 1 up (NaN is not)."""
-    if not 1 <= enlarge < math.inf:
-        raise ValueError(f"enlarge must be a number from 1 up, got {enlarge}")
+    if not (isinstance(enlarge, numbers.Real) and 1 <= enlarge < math.inf):
+        raise ValueError(f"enlarge must be a number from 1 up, got {enlarge!r}")
 
 
 def choose_size(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -26,10 +26,16 @@ VIDEO_SUFFIXES = tuple(_CODECS)
 
 _DEFAULT_FPS = 30.0
 
-# Some containers (WebM, Matroska) do not count their frames; OpenCV estimates them from rate and duration. Only
-# what lacks more than such an estimate is wrong by counts as cut off.
+# Some containers (WebM, Matroska) do not count their frames; OpenCV estimates them from rate and duration. Where the
+# rate varies they are fewer, so what counts is how far in time the last one is. Only what lacks more than such an
+# estimate is wrong by counts as cut off.
 _LEAST_SHARE = 0.9
 _LEAST_MISSING = 2
+
+# What a container says of its rate is believed where the frames' own times, which are rounded, differ by less: by this
+# share of the time that they take, or by so many frames.
+_RATE_TOLERANCE = 0.01
+_FRAMES_TOLERANCE = 0.5
 
 
 class VideoReader:
@@ -37,10 +43,11 @@ class VideoReader:
 
     Attributes:
       path: The file.
-      fps: Frames per second; 30 where the file does not say.
+      fps: Frames per second as the file says, see `measured_fps`; 30 where it does not say.
       width, height: Size of the frames, in pixels.
       frame_count: Number of frames the file claims to have, 0 where it does not say.
       frames_read: Number of frames read so far.
+      time: Seconds from the video's beginning to the frame read last; 0 where the file does not say.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -63,6 +70,7 @@ class VideoReader:
         self.height = int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
         self.frame_count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         self.frames_read = 0
+        self.time = 0.0
         self._ended = False
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -73,6 +81,7 @@ class VideoReader:
                 self._ended = True
                 return
             self.frames_read += 1
+            self.time = _time(self._capture)
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
     @property
@@ -82,10 +91,35 @@ class VideoReader:
         False as long as there may be more to read. An MP4 file that is whole is not cut off: it may be meant to
         show fewer frames than it has, as after trimming on a phone.
         """
-        missing = self.frame_count - self.frames_read
-        if not self._ended or missing < _LEAST_MISSING or self.frames_read >= _LEAST_SHARE * self.frame_count:
+        reached = max(self.frames_read, round(self.time * self.fps) + 1)
+        missing = self.frame_count - reached
+        if not self._ended or missing < _LEAST_MISSING or reached >= _LEAST_SHARE * self.frame_count:
             return False
         return not _is_whole_mp4(self.path)
+
+    def measured_fps(self, progress: Callable[[], object] = lambda: None) -> float:
+        """The mean rate by the frames' own times, or `fps` where that is it.
+
+        They differ in recordings of a varying rate, of screens and phones for example. Reads the file once through,
+        beside the frames that are iterated over, which takes the time of decoding it; what is no file, such as a pipe,
+        cannot be read twice, and is believed.
+
+        Args:
+          progress: Called after each frame.
+        """
+        if not self.path.is_file():
+            return self.fps
+        capture = cv2.VideoCapture(os.path.abspath(self.path))
+        times = []
+        while capture.grab():
+            times.append(_time(capture))
+            progress()
+        capture.release()
+        span, intervals = (max(times) - min(times), len(times) - 1) if times else (0.0, 0)
+        claimed = intervals / self.fps
+        if span <= 0 or abs(span - claimed) <= max(_RATE_TOLERANCE * span, _FRAMES_TOLERANCE / self.fps):
+            return self.fps
+        return intervals / span
 
     def check_whole(self) -> None:
         """Raises CutOffError if the file is `cut_off`."""
@@ -155,7 +189,8 @@ class VideoWriter:
                 self._writer = cv2.VideoWriter(os.fspath(self._temporary), fourcc, fps, self._even)
                 if self._writer.isOpened():
                     return
-            raise FormatError(f"{path}: this OpenCV cannot encode {codec or ' or '.join(_CODECS[suffix])}")
+            codecs, frames = codec or " or ".join(_CODECS[suffix]), "{}x{}".format(*self._even)
+            raise FormatError(f"{path}: this OpenCV cannot encode frames of {frames} as {codecs}")
         except BaseException:  # also Ctrl-C, since nobody has the object yet who could clean up
             self.abort()
             raise
@@ -203,6 +238,11 @@ class VideoWriter:
             self.close()
         else:
             self.abort()
+
+
+def _time(capture: cv2.VideoCapture) -> float:
+    """Seconds from the beginning to the frame read last."""
+    return max(0.0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
 
 
 def _check_name(path: Path) -> None:

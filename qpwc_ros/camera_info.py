@@ -43,4 +43,5 @@ def for_whole_image(info: Any, width: int, height: int) -> Any | None:
     out.width, out.height = width, height
     out.binning_x = out.binning_y = 0
     out.roi.x_offset = out.roi.y_offset = out.roi.width = out.roi.height = 0
+    out.roi.do_rectify = False
     return out

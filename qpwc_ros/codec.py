@@ -130,8 +130,9 @@ def decode_compressed(msg: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
 
     The size is read from the file's own header before it is unpacked, so a small file that claims a huge
     image is refused at no cost. A file that was cut off is refused too, where OpenCV would return a half-grey
-    image. `format` is followed where it says that colours were stored in RGB order ("... compressed rgb8"), or
-    that the image was none of a camera ("16UC1; png compressed").
+    image. `format` is followed where it says that colours were stored in RGB order ("... compressed rgb8"),
+    that a file of one channel is a Bayer mosaic ("bayer_rggb8; png compressed "), or that the image was none of
+    a camera ("16UC1; png compressed").
 
     Raises:
         ImageError: no camera image, no JPEG or PNG, cut off, corrupt, or more than `max_pixels` pixels.
@@ -151,15 +152,19 @@ def decode_compressed(msg: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
     else:
         raise ImageError(f"compressed image is neither JPEG nor PNG (format {msg.format[:40]!r})")
     _check_size(width, height, max_pixels)
+    # image_transport stores a mosaic as it is. Read as grey, its pattern would stand still before all that moves.
+    mosaic = grey and declared.startswith("bayer_") and declared in ENCODINGS
     try:
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        flags = cv2.IMREAD_GRAYSCALE if mosaic else cv2.IMREAD_COLOR
+        stored = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+        if stored is None or stored.shape[:2] != (height, width):
+            raise ImageError("compressed image cannot be decoded: the file is corrupt")
+        if mosaic:
+            return Picture(cv2.cvtColor(stored, ENCODINGS[declared].to_rgb), False)
     except cv2.error as error:
         raise ImageError(f"compressed image cannot be decoded: {error.err}") from None
-    if bgr is None or bgr.shape[:2] != (height, width):
-        raise ImageError("compressed image cannot be decoded: the file is corrupt")
     swapped = "compressed rgb" in msg.format
-    return Picture(bgr if swapped else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), grey)
+    return Picture(stored if swapped else cv2.cvtColor(stored, cv2.COLOR_BGR2RGB), grey)
 
 
 def compressed_format(data: bytes) -> str | None:

@@ -79,6 +79,8 @@ class Frame:
         grey: the camera has no colour.
         encoding: as the message named it.
         rectified: the sensor_msgs/CameraInfo of the image where its distortion has been taken out, else None.
+        seen: bool (H, W), False where a rectified image is black because the lens did not look there; None if there
+            is no such place.
     """
 
     stamp: int
@@ -88,6 +90,7 @@ class Frame:
     grey: bool = False
     encoding: str = ""
     rectified: Any = field(default=None, repr=False)
+    seen: np.ndarray | None = field(default=None, repr=False)
     _features: tuple[Estimator, Any] | None = field(default=None, repr=False)
 
     def features(self, estimator: Estimator) -> Any:
@@ -145,10 +148,14 @@ class FramePair:
 
     @cached_property
     def confidence(self) -> np.ndarray:
-        """float32 (H, W), 0..1: how well the backward flow leads back to where the flow began."""
+        """float32 (H, W), 0..1: how well the backward flow leads back to where the flow began.
+
+        It is 0 where a rectified image shows nothing: black lies still in both images, so the two flows agree there.
+        """
         from qpwc_core.metrics import forward_backward_confidence
 
-        return forward_backward_confidence(self.flow, self.backward)
+        flow, backward = _known(self.flow, self.prev.seen), _known(self.backward, self.next.seen)
+        return forward_backward_confidence(flow, backward)
 
     def _match(self, first: Frame, second: Frame) -> np.ndarray:
         start = time.monotonic()
@@ -164,3 +171,8 @@ class FramePair:
         if fault := flow_fault(flow, first.rgb.shape):
             raise EstimatorFailure(fault)
         return flow
+
+
+def _known(flow: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
+    """The flow, NaN where nothing was seen."""
+    return flow if seen is None else np.where(seen[..., None], flow, np.float32("nan"))

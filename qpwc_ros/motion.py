@@ -18,6 +18,9 @@ import numpy as np
 _SAMPLES = 1000
 #: A homography has eight unknowns, and each vector gives two equations.
 _LEAST_SAMPLES = 4
+#: An estimator takes the edge of what the lens saw for a thing that lies still, and smears its flow this far into
+#: the image, as a share of the image's shorter side.
+_SMEARED = 0.05
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def background_flow(flow: np.ndarray, threshold: float) -> tuple[np.ndarray, flo
     return out, float(inliers.mean())
 
 
-def find_motion(flow: np.ndarray, *, threshold: float, min_area: int) -> Motion:
+def find_motion(
+    flow: np.ndarray, *, threshold: float, min_area: int, seen: np.ndarray | None = None
+) -> Motion:
     """What moves on its own.
 
     Pixels whose background leaves the view are left out: the flow there has nothing to point at.
@@ -103,12 +108,18 @@ def find_motion(flow: np.ndarray, *, threshold: float, min_area: int) -> Motion:
             as unknown.
         threshold: distance in pixels from the background's flow over which a vector moves on its own.
         min_area: connected parts of fewer pixels are left out.
+        seen: bool (H, W), False where the images show nothing, as at the border of rectified ones; what is there
+            and near it is left out. None: they show something everywhere.
 
     Returns:
         The mask, and its parts; both are empty, with a background of 0, where no homography fits the flow.
     """
     height, width = flow.shape[:2]
     mask = np.zeros((height, width), np.uint8)
+    if seen is not None:
+        margin = _SMEARED * min(height, width)
+        seen = cv2.distanceTransform(seen.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_3) > margin
+        flow = np.where(seen[..., None], flow, np.float32("nan"))
     fitted = background_flow(flow, threshold)
     if fitted is None:
         return Motion(mask, (), 0.0)
@@ -117,7 +128,11 @@ def find_motion(flow: np.ndarray, *, threshold: float, min_area: int) -> Motion:
     # A comparison with NaN is false, so what is unknown does not move.
     moving = np.flatnonzero(np.square(residual[..., 0]) + np.square(residual[..., 1]) > threshold**2)
     here = np.stack([moving % width, moving // width], axis=1)
-    stays = _inside(here + background.reshape(-1, 2)[moving], width, height)
+    ends = here + background.reshape(-1, 2)[moving]
+    stays = _inside(ends, width, height)
+    if seen is not None:
+        column, row = np.rint(ends[stays]).astype(np.intp).T
+        stays[stays] = seen[row, column]
     # Carried to where it is now, which is what people draw the boxes on.
     there = np.rint(here[stays] + flow.reshape(-1, 2)[moving[stays]])
     there = there[_inside(there, width, height)].astype(np.intp)

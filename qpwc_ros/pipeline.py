@@ -129,7 +129,6 @@ class Pipeline:
 
     def _process(self, arrival: Arrival) -> None:
         start, series = time.monotonic(), self.series
-        self.statistics.time("wait", start - arrival.received)
         try:
             stamp = _stamp_of(arrival.msg)
             prev = self._prev
@@ -148,7 +147,6 @@ class Pipeline:
             self._report("not_rectified", f"image left out, rectify: {error}")
             return
         decoded = time.monotonic()
-        self.statistics.time("decode", decoded - start)
         self.source = f"{frame.rgb.shape[1]}x{frame.rgb.shape[0]} {frame.encoding}"
         if series is not self.series:
             return
@@ -170,9 +168,9 @@ class Pipeline:
             estimator = self.estimator
             if estimator is not None:
                 pair = FramePair(prev, frame, estimator, info, lambda: series is self.series)
-                self._publish(pair, arrival, decoded)
+                self._publish(pair, arrival, start, decoded)
 
-    def _publish(self, pair: FramePair, arrival: Arrival, decoded: float) -> None:
+    def _publish(self, pair: FramePair, arrival: Arrival, start: float, decoded: float) -> None:
         wanted = self.wanted_outputs()
         if not wanted:
             return
@@ -190,6 +188,9 @@ class Pipeline:
                 let_ctrl_c_pass(error)
                 self._disable(name, output, error)
         end = time.monotonic()
+        # All stages of the same pairs: images that end none, passed over at no cost, say, would hide what one takes.
+        self.statistics.time("wait", start - arrival.received)
+        self.statistics.time("decode", decoded - start)
         self.statistics.time("infer", pair.infer_seconds)
         self.statistics.time("publish", end - decoded - pair.infer_seconds)
         self.statistics.time("latency", end - arrival.received)
@@ -209,7 +210,7 @@ class Pipeline:
         if self._parameter("rectify"):
             height, width = frame.rgb.shape[:2]
             rectify = self._rectifier_for(width, height)
-            frame.rgb, frame.rectified = rectify(frame.rgb), rectify.info
+            frame.rgb, frame.rectified, frame.seen = rectify(frame.rgb), rectify.info, rectify.seen
         return frame
 
     def _rectifier_for(self, width: int, height: int) -> Rectifier:

@@ -35,6 +35,8 @@ class Rectifier:
 
     Attributes:
         info: the CameraInfo of the rectified images: no distortion, no rotation, K of the rectified camera.
+        seen: bool (H, W), False where a rectified image is black because the lens did not look there; None if it
+            looked everywhere.
 
     Raises:
         RectificationError: the calibration is empty, for other images, or of an unknown distortion model.
@@ -55,7 +57,9 @@ class Rectifier:
         if not np.allclose(r @ r.T, np.eye(3), atol=1e-3):
             raise RectificationError("camera_info has an R that is no rotation")
         model, size = info.distortion_model, (width, height)
-        if not d.any():  # a driver without distortion may leave the model's name empty
+        # A driver without distortion may leave the model's name empty. Without coefficients a fisheye still is one:
+        # there, distance from the centre goes with the angle, not with its tangent.
+        if not d.any() and model not in _FISHEYE:
             make, d = cv2.initUndistortRectifyMap, np.zeros(5)
         elif model not in MODELS:
             raise RectificationError(
@@ -70,6 +74,8 @@ class Rectifier:
             self._maps = make(k, d, r, p[:, :3], size, cv2.CV_16SC2)
         except cv2.error as error:
             raise RectificationError(f"camera_info cannot be used: {error.err}") from None
+        seen = cv2.remap(np.full((height, width), 255, np.uint8), *self._maps, cv2.INTER_LINEAR) >= 128
+        self.seen = None if seen.all() else seen
         self.info = fitting
         fitting.distortion_model = "plumb_bob"
         fitting.d = [0.0] * 5

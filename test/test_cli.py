@@ -4,17 +4,20 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from core_scenes import shifted, texture
+from uneven_videos import write_uneven
 
 from qpwc_core.cli.main import main
 from qpwc_core.flow_color import flow_to_color
 from qpwc_core.flow_io import read_flow
 from qpwc_core.images import read_image, write_image
+from qpwc_core.runtime.models import find_model
 from qpwc_core.video import VideoReader, VideoWriter
 
 COMMANDS = ("flow", "interpolate", "video", "models", "bench")
@@ -89,6 +92,61 @@ def test_video_writes_what_is_asked_for(video, capsys, what, width, fps, count):
             assert np.abs(frame.astype(int) - original).mean() < 6
 
 
+@pytest.mark.parametrize("what, count", [("color", 19), ("interpolated", 39)])
+def test_a_video_of_varying_rate_takes_as_long_as_before(here, capsys, what, count):
+    """It is whole, though it has fewer frames than its highest rate makes, and what is written has their mean rate."""
+    canvas = texture(120, 140, smoothness=6)
+    frames = [shifted(canvas, i, 0, 80, 96) for i in range(20)]
+    write_uneven(here / "in.webm", frames, lambda time: time if time < 400 else 4 * time - 1200)
+    command = ["video", "in.webm", "-o", "out.mp4", "--what", what, "--codec", "mp4v", "--model", "qpwc_fast"]
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert "20/20" in err and "error" not in err
+    with VideoReader("out.mp4") as out:
+        assert len(list(out)) == count
+        assert count / out.fps == pytest.approx(1.84, rel=0.03)
+
+
+def test_a_video_may_come_through_a_pipe(here):
+    """Such a one can be read once only."""
+    canvas = texture(120, 140, smoothness=6)
+    with VideoWriter("in.webm", 10, (96, 80), codec="VP80") as writer:
+        for i in range(5):
+            writer.write(shifted(canvas, 2 * i, 0, 80, 96))
+    os.mkfifo("pipe")
+    feeder = threading.Thread(target=lambda: Path("pipe").write_bytes(Path("in.webm").read_bytes()))
+    feeder.start()
+    assert main(["video", "pipe", "-o", "out.mp4", "--codec", "mp4v", "--model", "qpwc_fast"]) == 0
+    feeder.join()
+    with VideoReader("out.mp4") as out:
+        assert len(list(out)) == 4 and out.fps == 10
+
+
+def test_a_codec_that_does_not_do_is_refused_before_the_video_is_read(video, capsys, monkeypatch):
+    monkeypatch.setattr(VideoReader, "measured_fps", None)
+    assert "zzzz" in fails(capsys, 1, "video", "in.mp4", "-o", "out.mp4", "--codec", "zzzz")
+
+
+def test_models_are_listed_by_the_names_that_they_are_found_by(tmp_path, monkeypatch, capsys):
+    """A file's name need not be the network's."""
+    directory = tmp_path / "share" / "qpwc_ros" / "models"
+    directory.mkdir(parents=True)
+    for name in ("mine_float32.tflite", "without.tflite"):
+        os.symlink(find_model("qpwc_fast", "float32"), directory / name)
+    os.symlink(find_model("qpwc"), directory / "other_int8.tflite")
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))
+    assert main(["models"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert main(["models", "--json"]) == 0
+    infos = json.loads(capsys.readouterr().out)
+    assert [info["name"] for info in infos if info["default"]] == ["qpwc"]
+    names = {(info["name"], info["precision"]) for info in infos}
+    assert {("mine", "float32"), ("other", "int8"), (str(directory / "without.tflite"), "float32")} < names
+    for info in infos:
+        assert str(find_model(info["name"], info["precision"])) == info["path"]
+        assert any(line.split()[0] == info["name"] for line in table)
+
+
 def test_models_lists_figures(capsys):
     assert main(["models"]) == 0
     table = capsys.readouterr().out
@@ -120,6 +178,18 @@ def test_bench_compares_in_one_run(capsys):
     assert main(["bench", "--size", "64x48", "--repeats", "2"]) == 0
     table = capsys.readouterr().out
     assert "processor" in table and all(name in table for name in names)
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_bench_times_a_model_that_is_there_in_one_precision(tmp_path, monkeypatch, capsys, precision):
+    directory = tmp_path / "share" / "qpwc_ros" / "models"
+    directory.mkdir(parents=True)
+    os.symlink(find_model("qpwc_fast", precision), directory / f"mine_{precision}.tflite")
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))
+    assert main(["bench", "--model", "mine", "--size", "64x48", "--repeats", "1", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["name"].split()[-1] for result in results] == [precision, "medium"]
+    assert "no bundled model 'none_int8'" in fails(capsys, 1, "bench", "--model", "none")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -170,6 +240,8 @@ def test_help_lists_every_command(capsys):
         (["bench", "--threads", "40000"], "from 1 to 256"),
         (["flow", "a.png", "b.png", "-o", "out.flo", "--threads", "two"], "two"),
         (["flow", "a.png", "b.png", "-o", "out.flo", "--precision", "int4"], "int4"),
+        (["flow", "a.png", "b.png", "-o", "out.flo", "--max-flow", "4"], "--max-flow needs --color"),
+        (["video", "in.mp4", "-o", "out.mp4", "--what", "interpolated", "--max-flow", "4"], "--max-flow"),
         (["interpolate", "a.png", "b.png", "-o", "c.png", "--t", "1"], "'1'"),
         (["interpolate", "a.png", "b.png", "-o", "c.png", "--t", "nan"], "nan"),
         (["interpolate", "a.png", "b.png", "-o", "none/c.png"], "none/c.png: the directory"),
@@ -391,6 +463,41 @@ def test_a_command_that_lacks_something_harms_no_other(monkeypatch, capsys, tmp_
     assert "half_a_command" in fails(capsys, 1, "half")
 
 
+def test_a_command_may_be_as_odd_as_argparse_allows(monkeypatch, capsys, tmp_path):
+    """With a % in its help, an argument named as one of the program's own might be, and no exit code."""
+    import qpwc_core.cli.main as program
+
+    (tmp_path / "an_odd_command.py").write_text(
+        "help = '100% yours'; example = 'qpwc odd 50%'\n"
+        "def add_arguments(parser): parser.add_argument('command')\n"
+        "def run(args): print('ran', args.command)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "an_odd_command", raising=False)
+    entry = metadata.EntryPoint("odd", "an_odd_command", program.COMMAND_GROUP)
+    monkeypatch.setattr(program.metadata, "entry_points", lambda group: [entry])
+    assert main(["--help"]) == 0
+    assert "100% yours" in capsys.readouterr().out
+    assert main(["odd", "--help"]) == 0
+    assert "100% yours" in capsys.readouterr().out
+    assert main(["odd", "this"]) == 0
+    assert capsys.readouterr().out == "ran this\n"
+
+
+@pytest.mark.parametrize("argv", ["models", "--version", "flow --help"])
+def test_output_that_cannot_be_written_is_a_failure_in_one_line(here, argv):
+    environment = {**os.environ, "PYTHONPATH": _repository(), "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-m", "qpwc_core.cli", *argv.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "qpwc: error: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_a_damaged_png_is_told_in_one_line(here):
     content = Path("a.png").read_bytes()
     Path("cut.png").write_bytes(content[: len(content) // 2])
@@ -399,6 +506,14 @@ def test_a_damaged_png_is_told_in_one_line(here):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("qpwc: error: cut.png")
+
+
+def test_runs_where_standard_output_is_closed(here):
+    command = f"{sys.executable} -m qpwc_core.cli models >&-"
+    done = subprocess.run(
+        command, shell=True, env={**os.environ, "PYTHONPATH": _repository()}, stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_runs_where_standard_error_is_closed(here):

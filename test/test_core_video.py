@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 from core_scenes import shifted, texture
+from uneven_videos import write_uneven
 
 from qpwc_core.errors import FormatError, QpwcError
 from qpwc_core.metrics import psnr
@@ -53,6 +54,35 @@ def test_frames_come_back_in_their_colours_and_order(tmp_path, frames, suffix):
     for frame, original in zip(read, frames):
         assert psnr(frame, original) > 25
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_varying_rate_is_measured_and_does_not_count_as_cut_off(tmp_path, frames):
+    """As in recordings of screens: the file says its highest rate, and has fewer frames than that makes."""
+    path = tmp_path / "a.webm"
+    write_uneven(path, frames * 4, lambda time: time if time < 400 else 4 * time - 1200)
+    with VideoReader(path) as video:
+        assert video.fps == pytest.approx(25, rel=0.01) and video.frame_count == 47
+        counted = []
+        assert video.measured_fps(lambda: counted.append(1)) == pytest.approx(19 / 1.840, rel=0.01)
+        assert len(counted) == 20 and video.frames_read == 0
+        next(iter(video))
+        assert video.time == 0
+        assert len(list(video)) == 19 and video.time == pytest.approx(1.840)
+        assert not video.cut_off
+    os.truncate(path, path.stat().st_size * 3 // 4)
+    with VideoReader(path) as video:
+        assert 5 < len(list(video)) < 18
+        assert video.cut_off
+
+
+@pytest.mark.parametrize("suffix, codec", [(".avi", "MJPG"), (".webm", "VP80"), (".mp4", "mp4v")])
+@pytest.mark.parametrize("fps", [29.97, 60])
+def test_an_even_rate_is_what_the_file_says(tmp_path, frames, suffix, codec, fps):
+    """Though times are rounded, in WebM to milliseconds."""
+    for count in (2, 5):
+        write(tmp_path / f"a{suffix}", frames[:count], fps, codec=codec)
+        with VideoReader(tmp_path / f"a{suffix}") as video:
+            assert video.measured_fps() == video.fps == pytest.approx(fps, abs=0.02)
 
 
 def test_mpeg4_is_there_when_asked_for(tmp_path, frames):
@@ -212,8 +242,10 @@ def test_a_name_that_is_not_utf_8_is_refused_in_letters_that_print(tmp_path, fra
 def test_bad_arguments_are_named(tmp_path, frames):
     with pytest.raises(FormatError, match=r"\.gif"):
         VideoWriter(tmp_path / "a.gif", 25, (96, 80))
-    with pytest.raises(FormatError, match="zzzz"):
+    with pytest.raises(FormatError, match="frames of 96x80 as zzzz"):
         VideoWriter(tmp_path / "a.mp4", 25, (96, 80), codec="zzzz")
+    with pytest.raises(FormatError, match="frames of 12288x64 as mp4v"):  # MPEG-4 has no more than 8191
+        VideoWriter(tmp_path / "a.mp4", 25, (12_288, 64), codec="mp4v")
     with pytest.raises(OSError):
         VideoWriter(tmp_path / "none" / "a.mp4", 25, (96, 80))
     for fps in (0, -1, float("nan")):

@@ -283,7 +283,7 @@ def write_trained(folder: Path) -> None:
     for name in compared:
         run = folder / "out/networks" / name
         loop.write_config(run, loop.TrainConfig(batch=2, steps=1), point)
-        (run / "history.csv").write_text("step,train_epe,validation_epe\n1,9.0,8.0\n")
+        (run / "history.csv").write_text("step,skipped,train_epe,validation_epe\n1,0,9.0,8.0\n")
     for name in ("models/qpwc_fast", "models/qpwc", "RUN_2", *runs, *(f"out/networks/{name}/last" for name in compared)):
         path = folder / f"{name}.weights.h5"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from replay_bags import moving_frames
+from uneven_videos import write_uneven
 
 from qpwc_core.errors import CutOffError, QpwcError
 from qpwc_ros.convert import command
@@ -56,6 +57,16 @@ def test_video(tmp_path):
     for frame, original in zip(frames, FRAMES):
         assert np.abs(pixels(frame.message).astype(int) - original).mean() < 6  # two generations of JPEG
     assert camera(frames[0]).k[0] == pytest.approx(80)  # 45 degrees to either side of 160 pixels
+
+
+def test_frames_of_a_video_of_varying_rate_keep_their_times(tmp_path):
+    frames = [np.full((80, 96, 3), 100 + number, np.uint8) for number in range(20)]
+    write_uneven(tmp_path / "v.webm", frames, lambda time: time if time < 400 else 4 * time - 1200)
+    assert convert(tmp_path / "v.webm", "-o", tmp_path / "bag") == 0
+    steps = np.diff([f.stamp for f in read(tmp_path / "bag")]) / 1e6
+    assert steps == pytest.approx([40] * 10 + [160] * 9)
+    assert convert(tmp_path / "v.webm", "-o", tmp_path / "even", "--rate", 10) == 0
+    assert {*np.diff([f.stamp for f in read(tmp_path / "even")])} == {100_000_000}
 
 
 def test_of_a_video_that_is_cut_off_the_frames_before_are_kept(tmp_path):

@@ -213,6 +213,24 @@ def test_a_compressed_image_of_a_type_that_is_read_raw_is_read(text):
     assert np.array_equal(decode_compressed(Compressed(file, text)).rgb, smooth()[..., ::-1])
 
 
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".png", 0), (".jpg", 4)])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
+def test_a_compressed_mosaic_has_the_colours_of_the_raw_one(pattern, bits, suffix, tolerance):
+    if bits == 16 and suffix == ".jpg":
+        pytest.skip("a JPEG has 8 bits")
+    mosaic = np.empty((20, 24), np.uint8)
+    for k, colour in enumerate(pattern):
+        mosaic[k // 2 :: 2, k % 2 :: 2] = {"r": 200, "g": 120, "b": 40}[colour]
+    stored = mosaic if bits == 8 else mosaic.astype(np.uint16) * 257
+    file = cv2.imencode(suffix, stored, [cv2.IMWRITE_JPEG_QUALITY, 100] if suffix == ".jpg" else [])[1].tobytes()
+    name = f"bayer_{pattern}{bits}"
+    raw = decode_image(Message(20, 24, name, 24 * bits // 8, stored.tobytes()))
+    picture = decode_compressed(Compressed(file, f"{name}; {'png' if suffix == '.png' else 'jpeg'} compressed "))
+    assert not picture.grey and np.array_equal(raw.rgb[10, 12], [200, 120, 40])
+    assert np.abs(picture.rgb.astype(int) - raw.rgb).max() <= tolerance
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_a_compressed_file_cut_anywhere_is_refused(suffix):
     file = cv2.imencode(suffix, smooth())[1].tobytes()

@@ -96,6 +96,27 @@ def test_unknown_flow_does_not_move_and_does_not_spoil_the_rest():
     assert box == Box(57, 55, 70, 40, 70 * 40)
 
 
+def test_a_still_black_border_around_a_moving_view_does_not_move():
+    flow = homography_flow()
+    flow[60:100, 50:120] = (7.0, -5.0)
+    seen = np.zeros((240, 320), bool)
+    seen[20:220, 20:300] = True
+    flow[~seen] = 0.0
+    flow[20:28, 20:300] = 0.0  # what an estimator makes of the border's edge
+    assert len(find_motion(flow, threshold=1.5, min_area=100).boxes) > 1
+    motion = find_motion(flow, threshold=1.5, min_area=100, seen=seen)
+    assert motion.boxes == (Box(57, 55, 70, 40, 70 * 40),) and motion.background > 0.9
+
+
+def test_where_the_background_goes_where_nothing_is_seen_nothing_is_said():
+    flow = np.full((240, 320, 2), (20.0, 0.0), np.float32)
+    seen = np.ones((240, 320), bool)
+    seen[:, 260:] = False
+    flow[:, 230:260] = 0.0
+    assert find_motion(flow, threshold=1.5, min_area=1).boxes
+    assert not find_motion(flow, threshold=1.5, min_area=1, seen=seen).boxes
+
+
 class Message:
     """Stands in for a message of ROS: only its own fields, each of its own type."""
 
@@ -160,7 +181,8 @@ def test_boxes_are_published_as_detections(motion_with_boxes):
     flow[100:140, 100:140] = (0.0, 6.0)
     flow[180:200, 200:240] = (-6.0, 0.0)
     flow[180:190, 200:220] = 0.0  # a corner of it stands still
-    pair = SimpleNamespace(flow=flow, next=SimpleNamespace(stamp=1_500_000_000, frame_id="camera"))
+    prev, next = SimpleNamespace(seen=None), SimpleNamespace(stamp=1_500_000_000, frame_id="camera")
+    pair = SimpleNamespace(flow=flow, prev=prev, next=next)
     output.publish(pair)
 
     found = published["~/motion/boxes"]

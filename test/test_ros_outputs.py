@@ -22,6 +22,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from qpwc_core.metrics import psnr
 from qpwc_ros.codec import decode_compressed
+from qpwc_ros.rectification import Rectifier
 
 START = 1_700_000_000 * SECOND
 PERIOD = SECOND // 20
@@ -181,6 +182,32 @@ def test_rectified_before_estimation(client, camera, node):
     client.unpublish("/camera_info")
 
 
+def test_where_the_lens_did_not_look_nothing_is_known(client, camera):
+    # As with all of what the lens saw kept in view (alpha=1 in OpenCV, ROS's cameracalibrator): a wide black border.
+    size, view = (320, 240), CameraInfo(width=320, height=240, distortion_model="plumb_bob")
+    view.d, view.k, view.r = [-0.35, 0.1, 0.0, 0.0, 0.0], K, np.eye(3).ravel().tolist()
+    wide, _ = cv2.getOptimalNewCameraMatrix(np.reshape(K, (3, 3)), np.array(view.d), size, 1.0)
+    view.p = np.c_[wide, np.zeros(3)].ravel().tolist()
+    black = Rectifier(view, *size)(np.full((240, 320, 3), 255, np.uint8)).max(-1) < 128
+    assert 0.1 < black.mean() < 0.3
+    infos, scene = client.publisher("/camera_info", CameraInfo), MovingTexture(dx=6, dy=-4)
+    masks = client.listen("/flow/motion", Image)
+    confidences = client.listen("/flow/flow/confidence", Image)
+    client.await_ready(camera, "motion", "confidence")
+    assert client.set(rectify=True, motion_min_area=200)[0]
+    wait_until(infos.get_subscription_count, 30, "camera_info subscription")
+    infos.publish(view)
+    lens = _Lens(view)
+    sent = [image(lens(scene.rgb(k)), START + 400 * SECOND + k * PERIOD) for k in range(4)]
+    _until_taken(client, camera, sent[0])
+    client.play_in_step(camera, sent[1:], [masks, confidences], pairs_with_last=True)
+    for mask, confidence in zip(masks, confidences):
+        assert not pixels(mask).any()
+        assert not pixels(confidence)[black].any() and np.median(pixels(confidence)[~black]) > 0.9
+    assert client.set(rectify=False)[0]
+    client.unpublish("/camera_info")
+
+
 def _until_taken(client, camera, msg):
     """Deliver an image until it is no longer left out for want of its calibration."""
 
@@ -196,11 +223,11 @@ class _Lens:
     """Distorts an image as the camera of a CameraInfo would: the inverse of what the node shall do."""
 
     def __init__(self, info):
-        k, d = np.reshape(info.k, (3, 3)), np.array(info.d)
+        k, d, p = np.reshape(info.k, (3, 3)), np.array(info.d), np.reshape(info.p, (3, 4))[:, :3]
         y, x = np.mgrid[:240, :320].astype(np.float32)
         # Each distorted pixel's place in the image without distortion.
         points = np.stack([x, y], axis=-1).reshape(-1, 1, 2)
-        self._map = cv2.undistortPoints(points, k, d, P=k).reshape(240, 320, 2).astype(np.float32)
+        self._map = cv2.undistortPoints(points, k, d, P=p).reshape(240, 320, 2).astype(np.float32)
 
     def __call__(self, rgb):
         return cv2.remap(rgb, self._map, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)

@@ -148,6 +148,23 @@ def test_a_pair_that_fails_or_is_given_up_is_not_the_outputs_fault():
     assert seen == [10, 10, 10]
 
 
+def test_times_are_those_of_pairs_only():
+    values = {"min_interval": 0.0, "max_interval": 1.0, "frame_step": 3, "max_pixels": 10_000, "rectify": False}
+    statistics, reports = Statistics(), []
+    pipeline = Pipeline(statistics, lambda *what: reports.append(what), values.__getitem__)
+    pipeline.estimator = CountingEstimator()
+    listener = SimpleNamespace(wanted=lambda: True, wants_camera_info=lambda: False, publish=lambda pair: pair.flow)
+    pipeline.outputs = {"listener": listener}
+    for k in range(7):
+        came = arrival(k)
+        # What ends no pair, be it the first or one that is passed over, waits ten seconds.
+        waited = 0.0 if k in (3, 6) else 10.0
+        pipeline.process(Arrival(came.msg, False, k, came.received - waited))
+    counts = statistics.counts()
+    assert not reports and (counts["pairs"], counts["passed_over"], counts["processed"]) == (2, 4, 7)
+    assert statistics.milliseconds("wait", 99) < 1000 and statistics.milliseconds("latency", 99) < 1000
+
+
 @pytest.mark.parametrize(
     ("frame_step", "numbers", "said"),
     [
@@ -513,12 +530,13 @@ def test_camera_info_for_other_sizes():
 
 
 def test_camera_info_with_region_and_binning():
-    roi = SimpleNamespace(x_offset=100, y_offset=40, width=400, height=400)
+    roi = SimpleNamespace(x_offset=100, y_offset=40, width=400, height=400, do_rectify=True)
     info = camera_info(roi=roi, binning_x=2, binning_y=2)
     assert described_size(info) == (200, 200) and for_size(info, 200, 200) is info
     out = for_size(info, 100, 100)  # a quarter of the region's 400 pixels
     assert out.k == [125, 0, 55, 0, 127.5, 50, 0, 0, 1]
     assert (out.width, out.height, out.binning_x, out.roi.width, out.roi.x_offset) == (100, 100, 0, 0, 0)
+    assert out.roi.do_rectify is False and roi.do_rectify is True  # that is of a region
 
 
 def test_choices_are_checked_in_lists_too():

@@ -54,6 +54,7 @@ def distort(model, d, x, y):
         ("plumb_bob", PLUMB_BOB),
         ("rational_polynomial", [*PLUMB_BOB, 0.1, 0.05, 0.02]),
         ("equidistant", FISHEYE),
+        ("equidistant", [0.0] * 4),
     ],
 )
 def test_each_pixel_shows_what_the_lens_saw_in_its_direction(model, d):
@@ -104,6 +105,7 @@ def test_without_distortion_and_rotation_the_image_stays_as_it_is():
         ({"distortion_model": ""}, "distortion model '' is unknown"),
         ({"d": [0.1] * 3}, "plumb_bob has 4 or 5 coefficients, not 3"),
         ({"distortion_model": "equidistant"}, "equidistant has 4 coefficients, not 5"),
+        ({"distortion_model": "equidistant", "d": []}, "equidistant has 4 coefficients, not 0"),
         ({"k": [0.0] * 9}, "not calibrated"),
         ({"p": [0.0] * 12}, "not calibrated"),
         ({"r": [0.0] * 9}, "no rotation"),

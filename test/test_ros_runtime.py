@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import plugins_that_fail
@@ -202,6 +203,27 @@ def test_transport_is_changed_while_both_kinds_come(client, series):
         assert [stamp_of(msg) for msg in flow] == [stamp_of(msg) for msg in messages[1:]]
         assert flow_error(flow[-1], SCENE) < 0.5 and client.dump()["input"] == topic
     assert client.set(transport="auto") == (True, "")
+
+
+def test_raw_is_taken_where_both_are_published_whichever_was_found_first(client, series):
+    wait_until(lambda: client.dump()["input"] == "", 30, "nothing listened to")  # nor that of another test
+    client.unpublish("/image")
+    client.publisher("/image/compressed", CompressedImage)
+    flow = client.listen("/flow/flow", Image)
+    client.await_ready("/image/compressed", "flow")
+    client.publisher("/image", Image)
+    client.await_camera_subscription("/image")
+    client.await_camera_subscription("/image/compressed", 0)
+    client.play_in_step("/image", series(2), [flow])
+    # Once images have come, the other kind is no reason for a new start.
+    client.unpublish("/image")
+    client.await_ready("/image/compressed", "flow")
+    sent = [jpeg(SCENE.rgb(k), stamp_of(msg)) for k, msg in enumerate(series(3))]
+    client.deliver("/image/compressed", sent[0])
+    client.publisher("/image", Image)
+    time.sleep(0.5)
+    client.play_in_step("/image/compressed", sent[1:], [flow], pairs_with_last=True)
+    assert len(flow) == 3 and client.dump()["input"] == "/image/compressed"
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one_at_work(client, series, tmp_path):

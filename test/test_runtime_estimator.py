@@ -153,6 +153,8 @@ def test_small_images_are_enlarged_as_wished():
     assert errors[2] < errors[0]
     with pytest.raises(ValueError, match="enlarge must be a number from 1 up, got 0.5"):
         FlowEstimator.load(FAST, enlarge=0.5)
+    with pytest.raises(ValueError, match="enlarge must be a number from 1 up, got '1.3'"):
+        FlowEstimator.load(FAST, enlarge="1.3")
 
 
 def test_refinement_is_what_the_model_says_and_can_be_chosen():
@@ -266,6 +268,35 @@ def test_features_of_another_model_are_refused(estimator, pair):
         estimator.match(other.encode(pair[0]), estimator.encode(pair[1]))
 
 
+def test_features_of_another_enlargement_are_refused_in_words_that_say_so(pair):
+    plain, larger = (FlowEstimator.load(FAST, enlarge=enlarge) for enlarge in (1, 1.3))
+    with pytest.raises(ValueError, match="prev was encoded with enlarge=1, here it is 1.3"):
+        larger.match(plain.encode(pair[0]), larger.encode(pair[1]))
+
+
+def test_images_too_long_to_warp_are_named(estimator):
+    """What is refined is half as large."""
+    long = np.zeros((32, 65_534, 3), np.uint8)
+    with pytest.raises(ValueError, match="32767x16 is too large to refine, at most 32766"):
+        estimator(long, long)
+    image = long[:, :32_767]
+    with pytest.raises(ValueError, match=r"at most 32766 pixels a side can be warped, got \(32, 32767\)"):
+        FrameInterpolator(estimator)(image, image)
+
+
+@pytest.mark.parametrize("dot_products", [True, False])
+@pytest.mark.parametrize("available", ["int8", "float32"])
+def test_auto_takes_the_precision_that_a_model_has(tmp_path, monkeypatch, dot_products, available):
+    directory = tmp_path / "share" / "qpwc_ros" / "models"
+    directory.mkdir(parents=True)
+    (directory / f"mine_{available}.tflite").symlink_to(find_model(FAST, available))
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))
+    monkeypatch.setattr("qpwc_core.runtime.precision.has_dot_products", lambda: dot_products)
+    assert FlowEstimator.load("mine", precision="auto").info.precision == available
+    with pytest.raises(QpwcError, match="no bundled model 'none_int8'"):
+        FlowEstimator.load("none", precision="auto")
+
+
 def test_int8_and_float_agree(estimator, pair):
     assert epe(estimator(*pair), FlowEstimator.load(precision="float32")(*pair)) < 0.5
 
@@ -361,7 +392,7 @@ def test_interpolation_of_grey_is_rgb(estimator, pair):
     assert FrameInterpolator(estimator)(grey, grey).shape == (240, 320, 3)
 
 
-@pytest.mark.parametrize("t", [0, 1, -1, 2, float("nan"), float("inf")])
+@pytest.mark.parametrize("t", [0, 1, -1, 2, float("nan"), float("inf"), "0.5", None])
 def test_interpolation_refuses_times_outside(estimator, pair, t):
     with pytest.raises(ValueError, match="t must"):
         FrameInterpolator(estimator)(*pair, t=t)

@@ -203,6 +203,26 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(trainer, bad):
     assert np.isfinite(float(trainer.step(batch)["loss"]))
 
 
+def test_an_epochs_means_are_of_its_good_steps():
+    keras.utils.set_random_seed(0)
+    network = build_network(SINGLE, 64, 64, batch=1)
+    trainer = FlowTrainer(network)
+    trainer.compile(optimizer=make_optimizer(1e-3, 1000, 1, 1e-5))
+    trainer.optimizer.build(network.trainable_variables)
+    results = {name: tf.constant(value) for name, value in zip(trainer._means, (2.0, 4.0, 6.0, 8.0, 10.0))}
+    broken = {**results, "loss": tf.constant(np.nan), "epe": tf.constant(np.inf)}
+    overflown = {**results, "gradient_norm": tf.constant(np.nan)}
+    for several, wanted in (
+        ([results, broken, overflown], [2.0, 4.0, 6.0, 8.0, 10.0]),
+        ([broken], [np.nan] * 5),
+    ):
+        trainer.reset_metrics()
+        for of_step in several:
+            trainer.update = lambda batch, of_step=of_step: {**of_step, "skipped": trainer.skipped}
+            means = trainer.train_step(({},))
+        np.testing.assert_array_equal([float(means[name]) for name in results], wanted)
+
+
 def test_averages_follow_the_weights_and_can_be_borrowed(trainer):
     trainer.reset_averages()
     variable, average = trainer.network.trainable_variables[0], trainer.averages[0]
@@ -528,6 +548,21 @@ def test_a_level_is_added_to_a_trained_network(monkeypatch, trained):
     flows = network(tf.random.uniform((2, 64, 64, 3), -1, 1, seed=1))
     step = flows["flow_2"] - resize_flow(flows["flow_3"], 16, 16)
     assert float(tf.math.reduce_std(step)) < 0.3
+
+
+def test_features_are_fitted_anew_beside_a_level_that_is_added(monkeypatch, trained, textures):
+    """Of both levels: the new one's from what a fresh network gets, the old one's from as many pairs as asked for."""
+    point = dataclasses.replace(SINGLE, name="double", finest_level=2, radii=(1, 1), finest_decoder=(6, 4))
+    monkeypatch.setitem(OPERATING_POINTS, "double", point)
+    config = loop.TrainConfig(
+        network="double", height=64, width=64, batch=1, initial=trained, initial_network="single", refit_embeddings=4,
+        textures=textures,
+    )  # fmt: skip
+    network, fresh = loop.make_network(config)
+    kernels = {name: network.get_layer(name).kernel.numpy() for name in ("embed_2", "embed_3", "decoder_3_conv0")}
+    loop.start_from_data(network, config, fresh)
+    changed = {name for name, before in kernels.items() if (network.get_layer(name).kernel.numpy() != before).any()}
+    assert changed == {"embed_2", "embed_3"}
 
 
 @pytest.mark.parametrize("before", [(), (3, 2)])

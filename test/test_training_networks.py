@@ -87,12 +87,12 @@ def test_work_is_what_one_counts_by_hand():
     assert multiply_adds(build_network(SINGLE, 48, 64)) == encoder + embed + cost + projections + decoder + step
 
 
-def write_run(directory: Path, point: NetworkConfig, errors: list[float], **options) -> Path:
-    """What train.py leaves, of a network with random weights."""
+def write_run(directory: Path, point: NetworkConfig, errors: list[float], *, skipped: int = 0, **options) -> Path:
+    """What train.py leaves, of a network with random weights, ``skipped`` of whose steps were not finite."""
     config = TrainConfig(**{"steps": len(errors), "batch": 2, "epoch_steps": 1, **options})
     write_config(directory, config, point)
     build_network(point, 64, 64).save_weights(directory / "last.weights.h5")
-    rows = [f"{step},1.0,5.0,{error},16.0,0" for step, error in enumerate(errors, 1)]
+    rows = [f"{step},1.0,5.0,{error},16.0,{skipped}" for step, error in enumerate(errors, 1)]
     header = "step,loss,train_epe,validation_epe,validation_zero_flow,skipped"
     (directory / "history.csv").write_text("\n".join([header, *rows]) + "\n")
     return directory
@@ -117,6 +117,11 @@ def test_networks_are_compared(tmp_path, capsys):
     assert int(two["multiply_adds"]) - int(one["multiply_adds"]) == cells * more * (4 + 2 * 4)
     page = (tmp_path / "networks.md").read_text()
     assert "2 steps of 2 pairs of 256x384" in page and "| 5.00 | 7.00 | 5.00 | 1.250 |" in page
+
+
+def test_a_run_that_skipped_steps_has_come_to_its_end(tmp_path):
+    run = compare_networks.read_run(write_run(tmp_path, SINGLE, [8.0, 4.0], steps=3, skipped=1))
+    assert run.steps == [1, 2] and run.errors == [8.0, 4.0]
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):

@@ -380,6 +380,10 @@ TRAIN, QUANTIZE = {"train": dict(SMALL)}, {"quantize": {"steps": 0}}
         ({"stages": [TRAIN, {"quantize": {"percentile": 300}}]}, "percentile must be above 50 and at most 100, got 300.0"),
         ({"stages": [TRAIN, {"quantize": {"method": "foo"}}]}, "stage 2 (quantize): unknown method 'foo'; known: "),
         ({"stages": [TRAIN, {"quantize": {"height": 60}}]}, "stage 2 (quantize): 60x256 is not a multiple"),
+        (
+            {"stages": [TRAIN, {"quantize": {"quantized_weights": "x.h5", "via": "bundle"}}]},
+            "stage 2 (quantize): a bundle is for fine-tuning: leave out via, or quantized_weights",
+        ),
         ({"stages": [{"train": [1]}]}, "stage 1 (train) must be names with values, got [1]"),
         ({"stages": [{"train": None, "card": None}]}, "stage 1 must be a name or one name with its options, got {"),
         ({"stages": [QUANTIZE]}, "stage 1 (quantize): needs a train stage before it, or weights"),
@@ -426,10 +430,21 @@ def test_inputs_of_late_stages_are_looked_for_before_the_first_runs(tmp_path, si
     config = write(tmp_path / "tiny.yaml", late, common=common)
     assert run(tmp_path, config) == 1
     assert one_line(capsys) == "02_quantize: validation_textures: no such file or directory: nowhere.npz"
-    del late[1]["quantize"]["validation_textures"]
+    late[1]["quantize"] = {"quantized_weights": "nowhere.weights.h5"}
+    assert run(tmp_path, write(tmp_path / "tiny.yaml", late, common=common)) == 1
+    assert one_line(capsys) == "02_quantize: quantized_weights: no such file or directory: nowhere.weights.h5"
+    del late[1]["quantize"]["quantized_weights"]
     assert run(tmp_path, write(tmp_path / "tiny.yaml", late, common=common)) == 1
     assert "nowhere" in one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options, samples", [({"steps": 5}, 12), ({"steps": 0}, 0), ({"quantized_weights": "x.h5"}, 0)])
+def test_only_what_is_fine_tuned_sees_samples(tmp_path, single_point, monkeypatch, options, samples):
+    monkeypatch.setattr(recipe_run, "quantize", lambda config, directory: {})
+    quantized = {"quantize": {**SMALL, "epoch_steps": 2, **options}}
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", [TRAIN, quantized]), tmp_path / "out")
+    assert recipe_run._quantize(recipe, recipe.stages[1]).samples == samples
 
 
 # --- The shipped ones ------------------------------------------------------------------------------------

@@ -79,10 +79,13 @@ def read_run(directory: Path) -> Run:
     try:
         config = json.loads((directory / "config.json").read_text())
         with (directory / "history.csv").open(newline="") as file:
-            columns = ("step", "validation_epe", "train_epe")
-            steps, errors, train_errors = zip(*([float(row[name]) for name in columns] for row in csv.DictReader(file)))
+            columns = ("step", "skipped", "validation_epe", "train_epe")
+            steps, skipped, errors, train_errors = zip(
+                *([float(row[name]) for name in columns] for row in csv.DictReader(file))
+            )
         options, network = config["run"], NetworkConfig.from_mapping(config["network"])
-        ended = steps[-1] >= options["steps"]
+        # A step that was skipped is one of the run's, but not of the optimizer's.
+        ended = steps[-1] + skipped[-1] >= options["steps"]
         missing = [name for name in NEEDED if name not in options]
         if missing:
             raise ValueError(f"{missing[0]} is missing")

@@ -12,9 +12,8 @@ import numpy as np
 
 from qpwc_core.classical import make_dis
 from qpwc_core.cli import common
-from qpwc_core.errors import ModelError
 from qpwc_core.machine import default_threads, describe_machine
-from qpwc_core.runtime.models import PRECISIONS, default_model, find_model
+from qpwc_core.runtime.models import PRECISIONS, available_precisions, default_model, is_path
 from qpwc_core.timing import Contestant, moving_frames, streaming, time_by_turns, turns
 
 help = "time int8, float32 and OpenCV's DIS on this machine"
@@ -38,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames timed for each (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    common.add_model_arguments(parser, precision=False)
+    common.add_model_arguments(
+        parser, precision=False, threads="threads for each of them (default: 2, or 1 on a single core)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,14 +65,9 @@ def run(args: argparse.Namespace) -> int:
 def _contestants(args: argparse.Namespace) -> list[Contestant]:
     contestants = []
     width, height = args.size
-    # A path names one file, of one precision; a bundled name has both, unless one is missing.
-    for precision in PRECISIONS[:1] if args.model and args.model.endswith(".tflite") else PRECISIONS:
-        try:
-            find_model(args.model or default_model(), precision)
-        except ModelError:
-            if contestants:
-                continue
-            raise
+    model = args.model or default_model()
+    # A path names one file, of one precision.
+    for precision in PRECISIONS[:1] if is_path(model) else available_precisions(model):
         estimator = common.load_estimator(args, precision)
         info = estimator.info
         name, size = f"{info.name} {info.precision}", info.size_for(height, width)

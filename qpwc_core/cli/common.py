@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpwc_core.errors import FormatError, UsageError
+from qpwc_core.geometry import MAX_WARPED_SIDE
 from qpwc_core.machine import MAX_THREADS
 from qpwc_core.runtime.models import DEFAULT_PRECISION, PRECISION_CHOICES
 
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 
     from qpwc_core.runtime import Delegate, FlowEstimator
 
-# cv2.remap, which warps images, counts their pixels in 16 bits.
-_MAX_WARPED_SIDE = 32_766
+_THREADS_HELP = (
+    "threads that compute (default: for the network 2, or 1 on a single core; elsewhere one for each processor)"
+)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
-    """Declares --model, --refine, --enlarge, --threads, --delegate and, by default, --precision."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, precision: bool = True, threads: str = _THREADS_HELP
+) -> None:
+    """Declares --model, --refine, --enlarge, --threads with this help, --delegate and, by default, --precision."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -45,7 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, precision: bool = Tr
         "--threads",
         type=thread_count,
         metavar="N",
-        help="threads that compute (default: 2 for the network, one for each processor elsewhere)",
+        help=threads,
     )
     group.add_argument("--delegate", metavar="LIBRARY", help="an accelerator's TFLite delegate, a shared library")
     group.add_argument(
@@ -149,7 +153,7 @@ def read_pair(prev: Path, next: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def check_warpable(path: Path, height: int, width: int, shrink: int = 1) -> None:
     """Raises FormatError naming the file where its images, shrunk so many times, are too large to warp."""
-    most = shrink * _MAX_WARPED_SIDE
+    most = shrink * MAX_WARPED_SIDE
     if max(height, width) > most:
         raise FormatError(f"{path}: {width}x{height} is too large, at most {most} pixels a side can be warped")
 

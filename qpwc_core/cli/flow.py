@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     outputs = [path for path in (args.output, args.color) if path is not None]
     if not outputs:
         raise UsageError("nothing to write: give -o OUT or --color FILE")
+    if args.max_flow is not None and args.color is None:
+        raise UsageError("--max-flow needs --color")
     common.check_outputs(outputs, [args.prev, args.next])
     prev, next = common.read_pair(args.prev, args.next)
     estimator = common.load_estimator(args)

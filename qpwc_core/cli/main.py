@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -20,6 +21,9 @@ COMMAND_GROUP = "qpwc.commands"
 _BUILT_IN = ("flow", "interpolate", "video", "models", "bench")
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+# Where the arguments have the subcommand; one that no subcommand's own argument can have.
+_COMMAND = "the command"
 
 
 class Command(Protocol):
@@ -53,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminable():
             args = _parse(argv)
-            return args.command.run(args)
+            code = getattr(args, _COMMAND).run(args)
+            _flush()
+            return EXIT_OK if code is None else code
     except SystemExit as end:  # argparse: --help, or bad arguments
-        return end.code if isinstance(end.code, int) else EXIT_FAILED
+        code = end.code if isinstance(end.code, int) else EXIT_FAILED
+        return code or _flushed()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except UsageError as error:
@@ -63,13 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QpwcError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # The reader of our output has gone, as in `qpwc models | head -1`; nothing is left to tell it, and
-        # Python must not try when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone, as in `qpwc models | head -1`; nothing is left to tell it.
+        _drop_output()
         return EXIT_FAILED
     except OSError as error:
-        reason = error.strerror or str(error)
-        return _fail(reason if error.filename is None else f"{error.filename}: {reason}")
+        return _fail_of_system(error)
     except MemoryError:
         return _fail("out of memory")
 
@@ -87,6 +92,39 @@ def program(run: Callable[[], int] = main) -> NoReturn:
     sys.exit(code)
 
 
+def _flush() -> None:
+    """Writes what has been printed. What cannot be written is dropped, and raises OSError."""
+    if sys.stdout is None:  # closed by the user
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        raise
+
+
+def _flushed() -> int:
+    """The exit code of a run whose output is all that is left to do."""
+    try:
+        _flush()
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except OSError as error:
+        return _fail_of_system(error)
+    return EXIT_OK
+
+
+def _drop_output() -> None:
+    """Leaves Python nothing to write at exit, where it could only fail once more, in lines of its own."""
+    with contextlib.suppress(OSError, ValueError):  # where it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail_of_system(error: OSError) -> int:
+    reason = error.strerror or str(error)
+    return _fail(reason if error.filename is None else f"{error.filename}: {reason}")
+
+
 def _fail(message: str, code: int = EXIT_FAILED) -> int:
     print(f"qpwc: error: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -102,7 +140,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
-    if unknown and not isinstance(args.command, _Broken):
+    if unknown and not isinstance(getattr(args, _COMMAND), _Broken):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
@@ -118,12 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in _commands().items():
         subparser = subparsers.add_parser(
             name,
-            help=command.help,
+            help=command.help.replace("%", "%%"),  # argparse takes it for a format
             description=f"{command.help[:1].upper()}{command.help[1:]}.",
             epilog=f"example: {command.example}",
         )
         command.add_arguments(subparser)
-        subparser.set_defaults(command=command)
+        subparser.set_defaults(**{_COMMAND: command})
     return parser
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the list."""
-    infos = list_models()
+    infos = sorted(list_models(), key=_name)
     if args.json:
         print(json.dumps([_as_json(info) for info in infos], indent=2))
         return 0
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for info in infos:
         row = [
-            info.name + (" *" if _is_default(info) else ""),
+            _name(info) + (" *" if _is_default(info) else ""),
             info.precision,
             " ".join(map(str, info.sizes)),
             f"{info.path.stat().st_size / 1e6:.2f}",
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _as_json(info: ModelInfo) -> dict[str, Any]:
     return {
-        "name": info.name,
+        "name": _name(info),
         "precision": info.precision,
         "path": str(info.path),
         "bytes": info.path.stat().st_size,
@@ -59,8 +59,14 @@ def _as_json(info: ModelInfo) -> dict[str, Any]:
     }
 
 
+def _name(info: ModelInfo) -> str:
+    """What --model takes for it: it goes by the file's name, which need not be the network's."""
+    name = info.path.stem.removesuffix(f"_{info.precision}")
+    return str(info.path) if name == info.path.stem else name
+
+
 def _is_default(info: ModelInfo) -> bool:
-    return (info.name, info.precision) == (default_model(), DEFAULT_PRECISION)
+    return (_name(info), info.precision) == (default_model(), DEFAULT_PRECISION)
 
 
 def _fits_table(value: Any) -> bool:

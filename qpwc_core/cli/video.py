@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qpwc_core.cli import common
-from qpwc_core.errors import FormatError
+from qpwc_core.errors import FormatError, UsageError
 from qpwc_core.images import MIN_SIDE
 from qpwc_core.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads, estimates and writes frame by frame; of a video that is cut off, what can be read."""
+    if args.max_flow is not None and args.what == _INTERPOLATED:
+        raise UsageError("--max-flow is for colours, of which --what interpolated has none")
     common.check_outputs([args.output], [args.input])
     with VideoReader(args.input) as video:
         if min(video.width, video.height) < MIN_SIDE:
@@ -74,10 +76,14 @@ def run(args: argparse.Namespace) -> int:
             common.check_warpable(args.input, video.height, video.width)
         frames = _at_least_two(video)
         width = video.width * (3 if args.what == _SIDE_BY_SIDE else 1)
-        fps = video.fps * (2 if args.what == _INTERPOLATED else 1)
         estimator = common.load_estimator(args)
+        # A codec that does not do is refused before the video is read.
+        VideoWriter(args.output, video.fps, (width, video.height), codec=args.codec).abort()
+        with common.progress(video.frame_count or None, "frame", "frame rate") as bar:
+            fps = video.measured_fps(bar.update) * (2 if args.what == _INTERPOLATED else 1)
+            count = bar.n or video.frame_count or None
         with VideoWriter(args.output, fps, (width, video.height), codec=args.codec) as writer:
-            with common.progress(video.frame_count or None, "frame", args.what) as bar:
+            with common.progress(count, "frame", args.what) as bar:
                 for frame in _outputs(args.what, _counted(frames, bar), estimator, args.max_flow):
                     writer.write(frame)
         video.check_whole()

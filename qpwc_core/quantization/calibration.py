@@ -63,26 +63,33 @@ class _Percentiles:
 class _Samples:
     """Values of every observed tensor, to find the range with the least mean squared error."""
 
-    #: Values kept of a tensor per batch, evenly spread over it; extremes are kept besides.
+    #: Values kept of a tensor per batch; its extremes are kept besides.
     KEPT = 8192
     #: Candidates for either end, as shares of the extreme value.
     SHARES = np.linspace(0.2, 1.0, 41)
 
     def __init__(self):
         self.seen: dict[str, list[np.ndarray]] = {}
+        self._rng = np.random.default_rng(0)
 
     def record(self, name: str, tensor: tf.Tensor) -> None:
         values = tensor.numpy().ravel()
-        kept = values[:: max(len(values) // self.KEPT, 1)]
-        self.seen.setdefault(name, []).append(np.append(kept, [values.min(), values.max()]))
+        weights = np.ones(len(values))
+        if len(values) > self.KEPT:
+            # At random: evenly spaced ones would, of most tensors, all be of one channel.
+            kept = values[self._rng.integers(0, len(values), self.KEPT)]
+            # Each of these stands for many others, an extreme one for itself alone.
+            weights = np.append(np.full(self.KEPT, len(values) / self.KEPT), [1.0, 1.0])
+            values = np.append(kept, [values.min(), values.max()])
+        self.seen.setdefault(name, []).append(np.stack([values, weights]))
 
     def range_of(self, name: str) -> tuple[float, float]:
-        values = np.concatenate(self.seen[name])
+        values, weights = np.concatenate(self.seen[name], axis=1)
         low, high = min(float(values.min()), 0.0), max(float(values.max()), 1e-3)
 
         def error(ends: tuple[float, float]) -> float:
             step = (ends[1] - ends[0]) / 255
-            return float(np.square(values - np.clip(np.round(values / step) * step, *ends)).mean())
+            return float(np.square(values - np.clip(np.round(values / step) * step, *ends)) @ weights)
 
         # Both ends together first, then each alone.
         best = min(((low * share, high * share) for share in self.SHARES), key=error)
@@ -99,7 +106,7 @@ def _observation(method: str, percentile: float) -> _Percentiles | _Samples:
 def measure(
     quantized: keras.Model, images: Iterable[np.ndarray], observation: _Percentiles | _Samples
 ) -> None:
-    """Runs the network unrounded and shows every tensor that has a range to ``observation``.
+    """Runs the network, of which only the kernels are rounded, and shows every tensor that has a range to ``observation``.
 
     Args:
         images: batches of stacked pairs, uint8 2BxHxWx3.

@@ -126,6 +126,9 @@ class FlowEstimator:
             return make(precision)
         if models.is_path(model):
             return make(models.DEFAULT_PRECISION)  # the file is what it is
+        available = models.available_precisions(model)
+        if len(available) == 1:
+            return make(available[0])
         return make(choose(lambda candidate: make(candidate)._run_once))
 
     def _run_once(self) -> None:
@@ -193,8 +196,12 @@ class FlowEstimator:
         for name, features in (("prev", prev), ("next", next)):
             if not isinstance(features, Features):
                 raise ValueError(f"{name} must be what `encode` makes of an image, got {type(features).__name__}")
-            if features._info != self.info:
+            if replace(features._info, enlarge=self.info.enlarge) != self.info:
                 raise ValueError(f"{name} was encoded by {features._info.path}, not by {self.info.path}")
+            if features._info != self.info:
+                raise ValueError(
+                    f"{name} was encoded with enlarge={features._info.enlarge:g}, here it is {self.info.enlarge:g}"
+                )
             if self.refines and features._images is None:
                 raise ValueError(f"{name} was encoded by an estimator that does not refine, as this one does")
         if (prev.height, prev.width) != (next.height, next.width):

@@ -204,6 +204,15 @@ def find_model(name_or_path: str | os.PathLike[str], precision: str = DEFAULT_PR
     return found[wanted]
 
 
+def available_precisions(name: str | os.PathLike[str]) -> list[str]:
+    """The precisions that a bundled model is there in, int8 first. Raises ModelError where there is none."""
+    found = _bundled_files()
+    available = [precision for precision in PRECISIONS if f"{name}_{precision}" in found]
+    if not available:
+        find_model(name)  # raises
+    return available
+
+
 def default_model() -> str:
     """Name of the model used when none is named: "qpwc" if it is bundled, else "qpwc_fast"."""
     found = _bundled_files()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from qpwc_core.geometry import resize_flow, shrunk_grey
+from qpwc_core.geometry import MAX_WARPED_SIDE, resize_flow, shrunk_grey
 
 # Cells of the coarse grid at most: a third of the sides of an image of 640x480. What that grid has too few cells for is
 # not lost, since only the change is taken from it; so larger images need no more of them.
@@ -78,6 +78,9 @@ def _shrunk(height: int, width: int, times: float) -> tuple[int, int]:
 
 def _solve(prev: np.ndarray, next: np.ndarray, flow: np.ndarray, iterations: int) -> np.ndarray:
     """Moves ``flow`` and returns it."""
+    if max(prev.shape) > MAX_WARPED_SIDE:
+        size = f"{prev.shape[1]}x{prev.shape[0]}"
+        raise ValueError(f"a grid of {size} is too large to refine, at most {MAX_WARPED_SIDE} a side can be")
     solver = cv2.VariationalRefinement_create()  # it keeps images between calls, hence one for each
     solver.setFixedPointIterations(iterations)
     solver.setDelta(_DELTA)

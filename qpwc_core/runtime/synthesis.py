@@ -12,6 +12,8 @@ accordingly.
 
 from __future__ import annotations
 
+import numbers
+
 import cv2
 import numpy as np
 
@@ -45,8 +47,8 @@ _DOUBT_ALONE = 3.0
 
 def check_time(t: float) -> None:
     """Raises ValueError unless 0 < t < 1 (NaN is neither)."""
-    if not 0 < t < 1:
-        raise ValueError(f"t must lie between 0 and 1, both excluded, got {t}")
+    if not (isinstance(t, numbers.Real) and 0 < t < 1):
+        raise ValueError(f"t must lie between 0 and 1, both excluded, got {t!r}")
 
 
 def synthesize(

@@ -498,8 +498,11 @@ def start_from_data(network: keras.Model, config: TrainConfig, fresh: list[str] 
     point = network_config(config.network)
     if fresh is None or fresh:
         fit_to_scenes(network, point, config.pipeline(), config.seed, FRESH_PAIRS, fresh=fresh)
-    elif config.refit_embeddings:
-        embeddings = [f"embed_{level}" for level in point.levels]
+    if fresh is None or not config.refit_embeddings:
+        return
+    # Those of a level that ``initial`` lacks have just been fitted.
+    embeddings = [name for level in point.levels if (name := f"embed_{level}") not in fresh]
+    if embeddings:
         fit_to_scenes(
             network, point, config.pipeline(), config.seed, config.refit_embeddings, fresh=embeddings, rescale=False
         )

@@ -264,6 +264,8 @@ def _stage(
         where = "on one accelerator" if via else "on one machine"
         raise ValueError(f"strategy {strategy} cannot be here: {'a bundle' if via else 'a recipe'} runs {where}")
     made = config(**values)
+    if via and kind == "quantize" and not made.fine_tunes:
+        raise ValueError("a bundle is for fine-tuning: leave out via, or quantized_weights")
     if "network" in values:
         # A bundle does not validate.
         made.check_sizes(network_config(made.network), **({"validates": False} if via else {}))

@@ -39,7 +39,10 @@ _PACKAGES = (
     "opencv-python-headless",
 )  # fmt: skip
 # Options that name files or directories to read.
-_PATHS = ("textures", "validation_textures", "initial", "weights", "videos", "dataset_root", "root", "template")
+_PATHS = (
+    "textures", "validation_textures", "initial", "weights", "quantized_weights", "videos", "dataset_root", "root",
+    "template",
+)  # fmt: skip
 # Changes how fast a stage is, and where it may go on, not what it is.
 _FREE_OPTIONS = ("workers",)
 
@@ -312,7 +315,8 @@ def _run_bundle(stage: Stage, export: Callable[[], None]) -> tuple[int, float]:
 
 def _quantize(recipe: Recipe, stage: Stage) -> Outcome:
     _release()
-    config, samples, seconds = stage.config, _samples(stage.config.training()), 0.0
+    config, seconds = stage.config, 0.0
+    samples = _samples(config.training()) if config.fine_tunes else 0
     if stage.bundle:
         samples, seconds = _run_bundle(stage, lambda: export_fine_tuning(config, stage.directory, stage.directory))
         config = dataclasses.replace(config, quantized_weights=str(stage.weights))

@@ -96,6 +96,18 @@ def output_within(network: keras.Model, name: str):
     raise ValueError(f"layer {name} has no place in {network.name}")
 
 
+def _is_good(loss: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
+    """Whether a step of this loss and this norm of its gradient is to count; a bool scalar."""
+    return tf.math.is_finite(loss) & tf.math.is_finite(norm)
+
+
+class _MeanOfGoodSteps(keras.metrics.Mean):
+    """Mean over an epoch's steps with a weight of 1; NaN where there is none, which is not the same as no error."""
+
+    def result(self):
+        return self.total / self.count
+
+
 class FlowTrainer(keras.Model):
     """Supervised training of a flow network.
 
@@ -111,7 +123,8 @@ class FlowTrainer(keras.Model):
             follows something else, such as time; a step adds 1.
         loss_scale: see ``LossScale``; None: the loss as it is.
 
-    A step whose loss or gradient is not finite changes nothing and is counted in ``skipped``.
+    A step whose loss or gradient is not finite changes nothing, has no part in an epoch's means, and is counted in
+    ``skipped``.
     """
 
     def __init__(
@@ -147,7 +160,8 @@ class FlowTrainer(keras.Model):
         self.skipped = tf.Variable(0, trainable=False, dtype=tf.int64, name="skipped_steps")
         # Every variable exists already; Keras' backup restores only a model that says so.
         self.built = True
-        self._means = {name: keras.metrics.Mean(name=name) for name in ("loss", "epe", "zero_flow", "matching", "gradient_norm")}
+        names = ("loss", "epe", "zero_flow", "matching", "gradient_norm")
+        self._means = {name: _MeanOfGoodSteps(name=name) for name in names}
 
     @property
     def metrics(self):
@@ -201,8 +215,7 @@ class FlowTrainer(keras.Model):
         """One optimization step; batch as in ``qpwc_core.data.pipeline.to_batch``."""
         losses, gradients = self._gradients(batch)
         gradients, norm = tf.clip_by_global_norm(gradients, self.clip_norm)
-        finite = tf.math.is_finite(losses["loss"]) & tf.math.is_finite(norm)
-        self._apply_if(finite, gradients, self.network.trainable_variables)
+        self._apply_if(_is_good(losses["loss"], norm), gradients, self.network.trainable_variables)
         return {**losses, "gradient_norm": norm, "skipped": self.skipped}
 
     def _apply_if(self, finite: tf.Tensor, gradients, variables) -> None:
@@ -232,8 +245,10 @@ class FlowTrainer(keras.Model):
 
     def train_step(self, data):
         results = self.update(keras.utils.unpack_x_y_sample_weight(data)[0])
+        good = _is_good(results["loss"], results["gradient_norm"])
         for name, mean in self._means.items():
-            mean.update_state(results[name])
+            # Selected, not multiplied by a weight of zero, which leaves a NaN what it is.
+            mean.update_state(tf.where(good, results[name], 0.0), tf.cast(good, tf.float32))
         return {**{name: mean.result() for name, mean in self._means.items()}, "skipped": self.skipped}
 
     def reset_averages(self) -> None:

@@ -79,11 +79,13 @@ def items(source: Path, settings: Settings) -> Iterator[Item]:
 def _video(path: Path, settings: Settings) -> Iterator[Item]:
     with VideoReader(path) as video:
         rate = settings.rate or video.fps
+        varies = not settings.rate and video.measured_fps() != video.fps
         for number, frame in enumerate(video):
             ok, jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, settings.quality])
             if not ok:
                 raise FormatError(f"{path}: frame {number} cannot be encoded as JPEG")
-            stamp = _at_rate(number, rate, path)
+            # The times in files are rounded, so they are only taken where numbers do not tell.
+            stamp = _at_time(number, video.time, path) if varies else _at_rate(number, rate, path)
             size = (frame.shape[1], frame.shape[0])
             yield camera_info(stamp, "/camera/camera_info", "camera", size, _assumed(settings, size))
             topic = "/camera/image_raw/compressed"
@@ -176,6 +178,11 @@ def _at_rate(number: int, rate: float, path: Path) -> int:
     """The stamp of a frame of which only the number is known."""
     since = round(min(number * NS / rate, END_NS))  # what is infinite cannot be rounded
     return _stamp(START_NS + since, f"{path}: frame {number}, at {rate:g} frames/s,")
+
+
+def _at_time(number: int, seconds: float, path: Path) -> int:
+    """The stamp of a frame so many seconds after the beginning."""
+    return _stamp(START_NS + round(seconds * NS), f"{path}: frame {number}, {seconds:g} s from the beginning,")
 
 
 def _seconds(text: str, where: str) -> int:

@@ -155,6 +155,7 @@ class FlowNode(Reporting, LifecycleNode):
         self._camera_info_subscription: Any = None
         self._gaps = SequenceGaps()
         self._numbered = False
+        self._came = False
 
         self._estimators, self._estimator_errors = self._load_plugins(ESTIMATORS, Estimator)
         self._outputs, self._output_errors = self._load_plugins(OUTPUTS, Output)
@@ -424,15 +425,17 @@ class FlowNode(Reporting, LifecycleNode):
             return chosen
         published = [kind for kind in ("raw", "compressed") if self.count_publishers(self._image_topic(kind))]
         present = self._camera[0] if self._camera else None
-        if present in published:
-            return present  # no change of horses because the other kind appeared too
+        # No change of horses because the other kind appeared too. But as long as no image has come, the raw one may
+        # only have been found a moment later.
+        if present in published and (self._came or present == "raw"):
+            return present
         return (published or [present or "raw"])[0]
 
     def _subscribe_camera(self, transport: str) -> Any:
         compressed = transport == "compressed"
         topic = self._image_topic(transport)
         # Anew for each subscription: what is published while nobody listens is not missed.
-        self._gaps, self._numbered = SequenceGaps(), False
+        self._gaps, self._numbered, self._came = SequenceGaps(), False, False
         callback = with_info(functools.partial(self._on_image, compressed))
         subscription = self._subscribe(CompressedImage if compressed else Image, topic, callback)
         self.get_logger().info(f"listening to {topic}")
@@ -464,6 +467,7 @@ class FlowNode(Reporting, LifecycleNode):
     @guarded
     def _on_image(self, compressed: bool, msg: Any, info: Any) -> None:
         received = self._last_image = time.monotonic()
+        self._came = True
         missed = self._gaps.missed(info)
         if missed is not None:
             self._numbered = True

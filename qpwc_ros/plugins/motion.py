@@ -55,6 +55,7 @@ class MotionOutput(Output):
             pair.flow,
             threshold=self.parameter("motion_threshold"),
             min_area=self.parameter("motion_min_area"),
+            seen=pair.prev.seen,
         )
         if self.listened(self._mask):
             self._mask.publish(fill_image(Image(header=header_at(pair)), motion.mask, "mono8"))
