@@ -144,7 +144,7 @@ def choose_size(
     An image gains from being enlarged, up to `enlarge`, as long as that stays within the budget; beyond either,
     nothing but its own size is wanted. Of the inputs that come closest to it the smallest in area is taken, where
     scales up to 5 % below the best one count as equal. So a smaller input is taken where it spares padding, but not to
-    be faster at the cost of detail.
+    be faster at the cost of detail. An upright image may be given to a wide input turned, see `NetworkFit`.
 
     Args:
       height, width: The image, in pixels.
@@ -153,22 +153,36 @@ def choose_size(
       budget: Pixels of the largest input that an image may be enlarged for.
 
     Returns:
-      One of `sizes`; of several that are as good, the one that the image fills best, then the first.
+      One of `sizes`; of several that are as good, one that it need not be turned for, then the one that it fills best,
+      then the first.
     """
     sizes = list(sizes)
 
     def scale(size: tuple[int, int]) -> float:
-        return min(size[0] / height, size[1] / width)
+        return _scale_in(height, width, *size)[0]
 
     def useful(size: tuple[int, int]) -> float:
         return min(scale(size), enlarge if size[0] * size[1] <= budget else 1)
 
     best = max(map(useful, sizes))
     exact = (round(height * best), round(width * best))
-    if exact in sizes:
-        return exact
+    for size in (exact, exact[::-1]):
+        if size in sizes and scale(size) >= best:
+            return size
     kept = best * (1 - _SCALE_TOLERANCE)
-    return min((size for size in sizes if scale(size) >= kept), key=lambda size: (size[0] * size[1], -scale(size)))
+
+    def rank(size: tuple[int, int]) -> tuple[int, bool, float]:
+        scale, turned = _scale_in(height, width, *size)
+        return size[0] * size[1], turned, -scale
+
+    return min((size for size in sizes if scale(size) >= kept), key=rank)
+
+
+def _scale_in(height: int, width: int, net_height: int, net_width: int) -> tuple[float, bool]:
+    """How many times larger an image may be in an input, and whether it has to be turned for that."""
+    scale = min(net_height / height, net_width / width)
+    turned = min(net_height / width, net_width / height)
+    return (turned, True) if turned * (1 - _SCALE_TOLERANCE) > scale else (scale, False)
 
 
 @dataclass(frozen=True)
@@ -179,7 +193,8 @@ class NetworkFit:
     corner, and the rest is filled by repeating its last row and column. The scaled size is rounded
     to whole cells of the network's flow grid, so that the flow of the image is a rectangle of that
     grid, and a side that falls short of the input's by less than 5 % is stretched over all of it; each
-    axis has its own exact ratio, by which vectors are rescaled.
+    axis has its own exact ratio, by which vectors are rescaled. Where an image would be more than 5 % larger
+    with its sides exchanged (transposed), as an upright one in a wide input, it is, and its flow back.
 
     Attributes:
       height, width: The image, in pixels.
@@ -195,12 +210,15 @@ class NetworkFit:
 
     @property
     def content_size(self) -> tuple[int, int]:
-        """(height, width) of the scaled image within the network input, in its pixels."""
-        scale = min(self.net_height / self.height, self.net_width / self.width)
-        return (
-            self._whole_cells(self.height * scale, self.net_height),
-            self._whole_cells(self.width * scale, self.net_width),
-        )
+        """(height, width) of the scaled image, turned if it is, within the network input, in its pixels."""
+        scale, turned = _scale_in(self.height, self.width, self.net_height, self.net_width)
+        height, width = (self.width, self.height) if turned else (self.height, self.width)
+        return self._whole_cells(height * scale, self.net_height), self._whole_cells(width * scale, self.net_width)
+
+    @property
+    def turned(self) -> bool:
+        """Whether the network sees the image with its sides exchanged."""
+        return _scale_in(self.height, self.width, self.net_height, self.net_width)[1]
 
     def _whole_cells(self, length: float, full: int) -> int:
         if length > full * (1 - _SCALE_TOLERANCE):
@@ -210,7 +228,10 @@ class NetworkFit:
     def to_network(self, image: np.ndarray) -> np.ndarray:
         """uint8 (height, width, 3) → uint8 (net_height, net_width, 3)."""
         content_height, content_width = self.content_size
-        scaled = resize_samples(image, content_height, content_width)
+        if self.turned:
+            scaled = cv2.transpose(resize_samples(image, content_width, content_height))
+        else:
+            scaled = resize_samples(image, content_height, content_width)
         bottom, right = self.net_height - content_height, self.net_width - content_width
         if bottom == right == 0:
             return scaled
@@ -229,6 +250,9 @@ class NetworkFit:
         height, width = size or (self.height, self.width)
         content_height, content_width = self.content_size
         cells = flow[: content_height // self.stride, : content_width // self.stride]
+        if self.turned:
+            cells = np.ascontiguousarray(cells.transpose(1, 0, 2)[..., ::-1])
+            content_height, content_width = content_width, content_height
         scale = np.array([width / content_width, height / content_height], np.float32)
         return resize_samples(_scaled(cells, scale), height, width)
 

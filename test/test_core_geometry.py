@@ -89,9 +89,34 @@ def test_any_image_fits_with_its_aspect(size):
     height, width = fit.content_size
     assert height % 8 == width % 8 == 0
     assert 8 <= height <= 96 and 8 <= width <= 128 and (height == 96 or width == 128)
-    scale = min(96 / size[0], 128 / size[1])
-    assert abs(height - size[0] * scale) <= 8 and abs(width - size[1] * scale) <= 8
+    seen = size[::-1] if fit.turned else size
+    scale = min(96 / seen[0], 128 / seen[1])
+    assert abs(height - seen[0] * scale) <= 8 and abs(width - seen[1] * scale) <= 8
     assert fit.to_network(texture(*size)).shape == (96, 128, 3)
+
+
+@pytest.mark.parametrize(
+    "size, turned",
+    [
+        ((96, 128), False),
+        ((32, 32), False),
+        ((98, 96), False),  # a little larger it would be, which is not worth it
+        ((128, 96), True),
+        ((144, 128), True),
+        ((1000, 37), True),
+    ],
+)
+def test_an_upright_image_is_turned_where_that_makes_it_larger(size, turned):
+    fit = NetworkFit(*size, **NET)
+    assert fit.turned == turned
+    image = texture(*size)
+    if turned:
+        lying = NetworkFit(*size[::-1], **NET)
+        assert lying.content_size == fit.content_size
+        wanted = lying.to_network(image.transpose(1, 0, 2))
+        assert np.abs(fit.to_network(image).astype(int) - wanted).max() <= 1  # the order of two roundings
+    upright = NetworkFit(*size, net_height=128, net_width=96, stride=8)
+    assert upright.turned == (size == (96, 128))
 
 
 @pytest.mark.parametrize("size", [(96, 128), (192, 256), (32, 32), (33, 400), (1000, 37)])
@@ -100,7 +125,8 @@ def test_constant_motion_survives_the_way_there_and_back(size):
     fit = NetworkFit(*size, **NET)
     content_height, content_width = fit.content_size
     grid = np.full((96 // 8, 128 // 8, 2), 1e6, np.float32)  # what is padding must not leak in
-    grid[: content_height // 8, : content_width // 8] = (content_width / 16, -content_height / 32)
+    seen = (-content_width / 32, content_height / 16) if fit.turned else (content_width / 16, -content_height / 32)
+    grid[: content_height // 8, : content_width // 8] = seen
     flow = fit.to_image(grid)
     assert flow.dtype == np.float32
     np.testing.assert_allclose(flow, constant_flow(*size, size[1] / 16, -size[0] / 32), rtol=1e-5)
@@ -132,7 +158,11 @@ SIZES = [(480, 640), (352, 640), (384, 512), (256, 320)]
         ((480, 752), (480, 640)),
         ((768, 1024), (480, 640)),
         ((3000, 4000), (480, 640)),
-        ((640, 480), (480, 640)),
+        # Turned.
+        *((size[::-1], size) for size in SIZES),
+        ((320, 240), (256, 320)),
+        ((1024, 768), (480, 640)),
+        ((640, 360), (352, 640)),
         # A few per cent are no reason to compute on padding.
         ((360, 640), (352, 640)),
         ((720, 1280), (352, 640)),
@@ -185,6 +215,7 @@ def test_an_image_is_enlarged_within_the_budget_only(image, enlarge, chosen):
 
 def test_of_inputs_of_one_area_the_image_fills_the_other_less():
     assert choose_size(128, 64, [(256, 320), (320, 256)]) == (320, 256)
+    assert choose_size(64, 128, [(320, 256), (256, 320)]) == (256, 320)
 
 
 @pytest.mark.parametrize("image", [(32, 32), (480, 640), (1000, 37)])

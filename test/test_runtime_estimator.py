@@ -134,11 +134,30 @@ def test_every_bundled_model_has_the_common_sizes(fast, estimator):
         ((436, 1024), "832x352", "1024x448"),
         ((375, 1242), "960x288", "1248x384"),
         ((500, 741), "672x448", "768x512"),
+        ((640, 480), "640x480", "640x480"),  # upright ones lie in it
+        ((1920, 1080), "736x416", "1120x640"),
+        ((741, 500), "672x448", "768x512"),
     ],
 )
 def test_common_images_have_an_input_that_suits_them(precision, image, fast, accurate):
     for model, expected in ((FAST, fast), ("qpwc", accurate)):
         assert str(read_model_info(find_model(model, precision)).size_for(*image)) == expected
+
+
+@pytest.mark.parametrize("model", ["qpwc", FAST])
+def test_an_upright_image_is_seen_as_large_as_a_wide_one(model):
+    """Lying in the network's input; in images of that size nothing else is done to it."""
+    canvas = texture(256 + 40, 320 + 40, smoothness=1.5)
+    wide = [shifted(canvas, dx, dy, 256, 320) for dx, dy in ((0, 0), (5, -2))]
+    upright = [np.ascontiguousarray(image.transpose(1, 0, 2)) for image in wide]
+    plain = FlowEstimator.load(model, enlarge=1, refine=False)
+    # But for the order in which the two sides are enlarged to the image's.
+    np.testing.assert_allclose(plain(*upright), plain(*wide).transpose(1, 0, 2)[..., ::-1], rtol=0, atol=1e-5)
+    refined = FlowEstimator.load(model, enlarge=1, refine=True)
+    inner = (slice(20, -20), slice(20, -20))
+    lying_error = epe(refined(*wide)[inner], constant_flow(256, 320, 5, -2)[inner])
+    assert epe(refined(*upright)[inner], constant_flow(320, 256, -2, 5)[inner]) < min(lying_error + 0.02, 0.3)
+    np.testing.assert_array_equal(list(plain.stream(upright))[0], plain(*upright))
 
 
 def test_small_images_are_enlarged_as_wished():
