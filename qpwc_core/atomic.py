@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,3 +56,8 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Replaces the file at `path` by `content`. Raises OSError, leaving the file as it was."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike[str], values: Mapping, indent: int | None = None) -> None:
+    """Replaces the file at `path` by JSON. Raises OSError, leaving the file as it was."""
+    write_bytes(path, (json.dumps(values, indent=indent) + "\n").encode())

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from qpwc_core.flow_io import UNKNOWN_ABOVE
 from qpwc_core.geometry import check_flow
 
 # Steps between neighbouring primaries, red → yellow → green → cyan → blue → magenta → red, chosen for
@@ -13,7 +14,6 @@ from qpwc_core.geometry import check_flow
 _WHEEL_STEPS = (15, 6, 4, 11, 13, 6)
 _PRIMARIES = ((255, 0, 0), (255, 255, 0), (0, 255, 0), (0, 255, 255), (0, 0, 255), (255, 0, 255))
 _OUT_OF_RANGE_DIMMING = 0.75
-_UNKNOWN_ABOVE = 1e9
 # Directions told apart: enough that neighbours differ by less than half a colour level.
 _HUES = 8192
 
@@ -64,7 +64,7 @@ def flow_to_color(flow: np.ndarray, max_flow: float | None = None) -> np.ndarray
     if max_flow is not None and not max_flow > 0:
         raise ValueError(f"max_flow must be positive, got {max_flow}")
     dx, dy = (np.ascontiguousarray(flow[..., axis], np.float32) for axis in (0, 1))
-    unknown = ~((np.abs(dx) < _UNKNOWN_ABOVE) & (np.abs(dy) < _UNKNOWN_ABOVE))
+    unknown = ~((np.abs(dx) < UNKNOWN_ABOVE) & (np.abs(dy) < UNKNOWN_ABOVE))
     if unknown.any():
         dx, dy = np.where(unknown, 0, dx), np.where(unknown, 0, dy)
     magnitude = np.sqrt(dx * dx + dy * dy)

@@ -26,8 +26,8 @@ _FLO_MAGIC = b"PIEH"  # 202021.25 as a little-endian float
 _FLO_HEADER_BYTES = 12
 _MAX_SIDE = 99_999
 _FLO_UNKNOWN = 1e10
-# Programs that turn a .flo file into another format take its mark of "unknown" along, so it means the same in all.
-_UNKNOWN_ABOVE = 1e9
+#: Programs that turn a .flo file into another format take its mark of "unknown" along, so it means the same in all.
+UNKNOWN_ABOVE = 1e9
 
 # KITTI devkit readme: channels (u, v, valid), u16 = value · 64 + 2^15
 _KITTI_SCALE = 64.0
@@ -88,11 +88,12 @@ def _read_flo(path: _Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     width, height = (int(side) for side in np.frombuffer(content, "<i4", 2, offset=4))
     _check_length(path, content, width, height, _FLO_HEADER_BYTES + 8 * width * height)
     flow = np.frombuffer(content, "<f4", offset=_FLO_HEADER_BYTES).reshape(height, width, 2)
-    return flow.astype(np.float32), _known(flow)
+    return flow.astype(np.float32), known(flow)
 
 
-def _known(flow: np.ndarray) -> np.ndarray:
-    return (np.abs(flow) < _UNKNOWN_ABOVE).all(axis=-1)  # NaN < x is false
+def known(flow: np.ndarray) -> np.ndarray:
+    """Where a flow (H, W, 2) does not say "unknown": bool (H, W)."""
+    return (np.abs(flow) < UNKNOWN_ABOVE).all(axis=-1)  # NaN < x is false
 
 
 def _check_length(path: _Path, content: bytes, width: int, height: int, expected: int) -> None:
@@ -151,7 +152,7 @@ def _read_pfm(path: _Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     order = "<" if header[3].startswith(b"-") else ">"
     rows = np.frombuffer(content, order + "f4", offset=header.end()).reshape(height, width, 3)
     flow = rows[::-1, :, :2].astype(np.float32)
-    return flow, _known(flow)
+    return flow, known(flow)
 
 
 def _write_pfm(path: _Path, flow: np.ndarray, valid: np.ndarray) -> bytes:
@@ -174,7 +175,7 @@ def _read_npy(path: _Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from error
     flow = flow.astype(np.float32)
-    return flow, _known(flow)
+    return flow, known(flow)
 
 
 def _write_npy(path: _Path, flow: np.ndarray, valid: np.ndarray) -> bytes:

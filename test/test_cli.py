@@ -443,6 +443,21 @@ def test_other_packages_add_commands(monkeypatch, capsys):
     assert "no_such_module" in fails(capsys, 1, "broken", "--whatever")
 
 
+@pytest.fixture
+def install_command(monkeypatch, tmp_path):
+    """Adds a command, by its name and its module's name and source, as if another package had."""
+    import qpwc_core.cli.main as program
+
+    def install(name: str, module: str, source: str) -> None:
+        (tmp_path / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        entry = metadata.EntryPoint(name, module, program.COMMAND_GROUP)
+        monkeypatch.setattr(program.metadata, "entry_points", lambda group: [entry])
+
+    return install
+
+
 @pytest.mark.parametrize("source", [
     "help = 'x'\ndef run(args): return 0\n",
     "help = example = 'x'\nadd_arguments = run = None\n",
@@ -450,32 +465,22 @@ def test_other_packages_add_commands(monkeypatch, capsys):
     "help = example = 'x'\ndef add_arguments(parser): parser.add_argument('--help')\ndef run(args): return 0\n",
     "import sys\nsys.exit(0)\n",
 ])  # fmt: skip
-def test_a_command_that_lacks_something_harms_no_other(monkeypatch, capsys, tmp_path, source):
-    import qpwc_core.cli.main as program
-
-    (tmp_path / "half_a_command.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "half_a_command", raising=False)
-    entry = metadata.EntryPoint("half", "half_a_command", program.COMMAND_GROUP)
-    monkeypatch.setattr(program.metadata, "entry_points", lambda group: [entry])
+def test_a_command_that_lacks_something_harms_no_other(install_command, capsys, source):
+    install_command("half", "half_a_command", source)
     assert main(["models"]) == 0
     assert "int8" in capsys.readouterr().out
     assert "half_a_command" in fails(capsys, 1, "half")
 
 
-def test_a_command_may_be_as_odd_as_argparse_allows(monkeypatch, capsys, tmp_path):
+def test_a_command_may_be_as_odd_as_argparse_allows(install_command, capsys):
     """With a % in its help, an argument named as one of the program's own might be, and no exit code."""
-    import qpwc_core.cli.main as program
-
-    (tmp_path / "an_odd_command.py").write_text(
+    install_command(
+        "odd",
+        "an_odd_command",
         "help = '100% yours'; example = 'qpwc odd 50%'\n"
         "def add_arguments(parser): parser.add_argument('command')\n"
-        "def run(args): print('ran', args.command)\n"
+        "def run(args): print('ran', args.command)\n",
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "an_odd_command", raising=False)
-    entry = metadata.EntryPoint("odd", "an_odd_command", program.COMMAND_GROUP)
-    monkeypatch.setattr(program.metadata, "entry_points", lambda group: [entry])
     assert main(["--help"]) == 0
     assert "100% yours" in capsys.readouterr().out
     assert main(["odd", "--help"]) == 0

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qpwc_core import atomic
 from qpwc_core.data.render import Sample
 from qpwc_core.evaluation import CLASSICAL, Estimate
 from qpwc_core.metrics import epe
 from qpwc_core.runtime.estimator import FlowEstimator
-from qpwc_core.training.run_files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,4 +99,4 @@ def report(parity: Parity) -> str:
 
 def write_report(parity: Parity, path: Path) -> None:
     """Raises OSError, leaving the file as it was."""
-    write_json(path, dataclasses.asdict(parity), indent=2)
+    atomic.write_json(path, dataclasses.asdict(parity), indent=2)

@@ -25,7 +25,8 @@ from qpwc_core.quantization.distillation import DistilledTrainer
 from qpwc_core.quantization.equalization import equalize
 from qpwc_core.quantization.export import export_network
 from qpwc_core.training import bundle, loop
-from qpwc_core.training.run_files import BACKUP, has_backup, load_weights, sha256, weights_content, write_json
+from qpwc_core.training.options import changed_options
+from qpwc_core.training.run_files import BACKUP, has_backup, load_weights, sha256, weights_content
 from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "models"
@@ -199,15 +200,10 @@ def _read_record(path: Path) -> dict | None:
 
 def _changes(before: Mapping, now: Mapping) -> str:
     """Which options are not what they were, for people; empty: none."""
-    options = [
-        f"{name} was {before['options'].get(name)!r} and is {now['options'].get(name)!r} now"
-        for name in dict.fromkeys([*before["options"], *now["options"]])
-        if before["options"].get(name) != now["options"].get(name)
-    ]
     files = [
         f"{name} had other content" for name, content in now["files"].items() if before["files"].get(name) != content
     ]
-    return ", ".join([*files, *options])
+    return ", ".join([*files, *changed_options(before["options"], now["options"])])
 
 
 def _measured_with(directory: Path) -> dict | None:
@@ -278,7 +274,7 @@ def _calibrated(config: QuantizeConfig, point: NetworkConfig, weights: Path, dir
     content = weights_content(calibrated_network(config, point, weights, calibration_images(config)))
     # The record first: weights without one are taken as they are.
     record = {**_calibration(config, weights), "sha256": hashlib.sha256(content).hexdigest()}
-    write_json(directory / CALIBRATION_RECORD, record, indent=2)
+    atomic.write_json(directory / CALIBRATION_RECORD, record, indent=2)
     atomic.write_bytes(calibrated, content)
     return calibrated
 
@@ -325,7 +321,7 @@ def _fine_tuned(config: QuantizeConfig, point: NetworkConfig, weights: Path, dir
             print(f"{directory / BACKUP}: goes on, whatever it was begun with")
     else:
         (directory / BACKUP).mkdir(exist_ok=True)
-        write_json(directory / FINE_TUNING_RECORD, _fine_tuning(config, weights, calibrated), indent=2)
+        atomic.write_json(directory / FINE_TUNING_RECORD, _fine_tuning(config, weights, calibrated), indent=2)
     loop.fit(trainer, point, config.training(), directory, build=build_quantized_network)
     # Not the best of its validations: what fine-tuning changes is less than what sixteen pairs can tell.
     return directory / "last.weights.h5"

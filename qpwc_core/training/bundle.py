@@ -40,7 +40,6 @@ from qpwc_core.training.loop import (
     start_from_data,
     trainer_of,
 )
-from qpwc_core.training.run_files import write_json
 from qpwc_core.training.trainer import FlowTrainer, prepare_optimizer
 
 FORMAT = 1
@@ -135,7 +134,7 @@ def export_trainer(trainer: FlowTrainer, config: TrainConfig, directory: Path, *
             shutil.copyfile(config.textures, temporary)
     else:  # of an earlier export
         (directory / "textures.npz").unlink(missing_ok=True)
-    write_json(directory / DESCRIPTION, description, indent=2)
+    atomic.write_json(directory / DESCRIPTION, description, indent=2)
 
 
 def plain_stablehlo(text: str) -> str:

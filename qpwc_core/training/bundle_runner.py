@@ -13,6 +13,7 @@ from typing import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from qpwc_core import atomic
+from qpwc_core.training.options import changed_options
 
 Batch = dict[str, np.ndarray]
 
@@ -107,12 +108,7 @@ def _check_resumes(directory: Path, record: Path) -> None:
     """
     if not record.exists() or record.parent.resolve() == directory.resolve():
         return
-    before, now = (_options(read_description(path)) for path in (record.parent, directory))
-    changes = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r} now"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
+    changes = changed_options(*(_options(read_description(path)) for path in (record.parent, directory)))
     if changes:
         raise ValueError(
             f"{record.parent} holds a run of this bundle with other options: {', '.join(changes)}; choose another directory "
@@ -272,7 +268,7 @@ class _Training:
         self._log = directory / "log.csv"
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / DESCRIPTION).exists() or not self.checkpoint.exists():
-            atomic.write_bytes(directory / DESCRIPTION, json.dumps(bundle.description, indent=2).encode())
+            atomic.write_json(directory / DESCRIPTION, bundle.description, indent=2)
         if not self._log.exists():
             self._log.write_text("step,samples_per_second," + ",".join(bundle.description["outputs"]) + "\n")
 

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from qpwc_core import atomic
 from qpwc_core.data.pipeline import Batch, PipelineConfig, batches
 from qpwc_core.data.scenes import SceneConfig
 from qpwc_core.data.triplets import TRIPLET_DATASETS, VideoConfig, triplet_stream
@@ -38,7 +39,6 @@ from qpwc_core.training.run_files import (
     read_rows,
     save_weights,
     set_aside,
-    write_json,
 )
 from qpwc_core.training.trainer import make_optimizer
 
@@ -170,7 +170,7 @@ class KeepWeights(keras.callbacks.Callback):
         best = json.loads(record.read_text())[self._monitor] if record.exists() else np.inf
         if logs[self._monitor] < best:
             save_weights(self._network, self._directory / "best.weights.h5")
-            write_json(record, {"epoch": epoch + 1, self._monitor: float(logs[self._monitor])})
+            atomic.write_json(record, {"epoch": epoch + 1, self._monitor: float(logs[self._monitor])})
 
 
 class KeepHistory(keras.callbacks.Callback):

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
+from qpwc_core import atomic
 from qpwc_core.data.datasets import FLOW_DATASETS
 from qpwc_core.data.pipeline import PipelineConfig, flow_samples, validation_samples, worker_batches
 from qpwc_core.data.render import Sample
@@ -34,7 +35,6 @@ from qpwc_core.training.run_files import (
     read_rows,
     save_weights,
     set_aside,
-    write_json,
 )
 from qpwc_core.training.trainer import FlowTrainer, LossScale, prepare_optimizer
 
@@ -213,7 +213,7 @@ def write_config(directory: Path, config, network: NetworkConfig) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     values = {"run": dataclasses.asdict(config), "network": dataclasses.asdict(network)}
-    write_json(directory / "config.json", values, indent=2)
+    atomic.write_json(directory / "config.json", values, indent=2)
 
 
 def batch_signature(config: TrainConfig) -> dict[str, tf.TensorSpec]:
@@ -311,7 +311,7 @@ class Validate(keras.callbacks.Callback):
             error = mean_endpoint_error(self._predictor, self._samples)
             if error < self._best():
                 save_weights(self._trainer.network, self._directory / "best.weights.h5")
-                write_json(self._best_path, {"epoch": epoch + 1, "validation_epe": error})
+                atomic.write_json(self._best_path, {"epoch": epoch + 1, "validation_epe": error})
         logs["val_epe"] = error
         # As arrays: a variable of several replicas is no number.
         step, skipped = (int(v.numpy()) for v in (self._trainer.optimizer.iterations, self._trainer.skipped))

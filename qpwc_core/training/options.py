@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
+from collections.abc import Mapping
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
@@ -30,3 +31,12 @@ def parse_config(args: argparse.Namespace, config: type):
     """The dataclass from parsed options."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(config)}
     return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def changed_options(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """What to tell people of each option whose value is not what it was; one that is missing counts as None."""
+    return [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]

@@ -209,7 +209,7 @@ def _seconds_of_killed_leg(stage: Stage, began: float | None) -> float:
 
 def _write_record(stage: Stage, record: dict) -> None:
     stage.directory.mkdir(parents=True, exist_ok=True)
-    atomic.write_bytes(stage.directory / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    atomic.write_json(stage.directory / RECORD, record, indent=2)
 
 
 def _run_stage(recipe: Recipe, stage: Stage, before: dict | None) -> None:

@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import itertools
-import json
 import re
 from pathlib import Path
 from typing import Iterator, Mapping
@@ -79,11 +78,6 @@ def sha256(path: Path) -> str | None:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_json(path: Path, values: Mapping, indent: int | None = None) -> None:
-    """Replaces a file of JSON. Raises OSError, leaving the file as it was."""
-    atomic.write_bytes(path, (json.dumps(values, indent=indent) + "\n").encode())
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:

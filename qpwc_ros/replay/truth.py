@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from qpwc_core.errors import QpwcError
-from qpwc_core.flow_io import FLOW_SUFFIXES, read_flow
+from qpwc_core.flow_io import FLOW_SUFFIXES, known, read_flow
 from qpwc_ros.codec import ImageError
 from qpwc_ros.replay.bag import IMAGE, NS, Bag, BagError, stamp_ns, time_ns
 from qpwc_ros.replay.decode import flow_array
@@ -23,8 +23,6 @@ from qpwc_ros.replay.decode import flow_array
 TIME_REFERENCE = "sensor_msgs/msg/TimeReference"
 # Names of files may be rounded to microseconds or milliseconds; no camera is faster than this.
 TOLERANCE_NS = 500_000
-# Middlebury's mark of "unknown", which also turns up in topics.
-_UNKNOWN_ABOVE = 1e9
 
 FlowAndValid = tuple[np.ndarray, np.ndarray]
 
@@ -164,7 +162,7 @@ class TopicTruth(Notes):
             self.unusable(str(error))
             return None
         with np.errstate(invalid="ignore"):
-            valid = (np.abs(flow) < _UNKNOWN_ABOVE).all(axis=-1)  # NaN compares false
+            valid = known(flow)  # the marks of files turn up in topics too
         return np.where(valid[..., None], flow, np.float32(0)), valid
 
 
